@@ -1,0 +1,1 @@
+"""Pure scheduling decisions: state in, plan out. No torch, no clock, no await."""

@@ -1,0 +1,1 @@
+"""What every Baton process needs to be a gRPC service: server, status mapping, metrics, logging, membership."""

@@ -1,0 +1,1 @@
+"""How KV cache bytes get from a prefill worker to a decode worker."""

@@ -1,0 +1,103 @@
+"""The KV transfer seam: how a decode worker takes a prompt's KV from a prefill worker.
+
+    decode                                   prefill
+    transport.ready(address, key)   ───────▶ source.ready       waits, bounded, until the prompt is computed
+                                    ◀─────── Ready | Refused
+    transport.pull(address, PullRequest) ──▶ source.pull        copies [first, last) out of the pool
+                                    ◀─────── (KVMeta, buffer)   the buffer is decode's: prefill may die now
+    verify, import into the pool, leave the context: the buffer is dropped and its byte credit returned
+
+Credit is taken only once the KV exists, so a pull that waits for a slow prefill holds nothing that another pull needs.
+Failures cross the wire as values (`Refused`), not as pickled exceptions. Both sides run in their worker's event loop.
+"""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.kv.spec import KVSpec
+from baton.types import AttemptKey
+
+WireKV = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The prompt is computed and its KV is held for decode."""
+
+    first_token: int
+    """What prefill chose at output index len(sequence.generated)."""
+    done_unix_s: float
+    """When, by prefill's wall clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why prefill has no KV to give."""
+
+    reason: str
+    """`BatonError.reason` of the error that the decode side raises."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullRequest:
+    """Which KV decode wants."""
+
+    key: AttemptKey
+    first: int
+    last: int
+    """Tokens [first, last)."""
+    digest: str
+    """Decode's KV spec digest; prefill refuses any other than its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVMeta:
+    """Travels with a buffer and says exactly what it is. `key.attempt` is the epoch: a buffer of an earlier attempt is refused."""
+
+    key: AttemptKey
+    first: int
+    last: int
+    dtype: str
+    digest: str
+    checksum: int
+    """XXH3-64 of the buffer's bytes."""
+
+
+class KVSource(Protocol):
+    """Prefill's side; implemented by the prefill worker."""
+
+    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        """Waits until the attempt's prompt is computed; the attempt may not have reached this worker yet. Refused after
+        `timeout_s`, or once the attempt failed or was released.
+        """
+        ...
+
+    async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        """Copies the KV out; the buffer is None where refused. Pulling up to the sequence's last token hands the attempt over: prefill
+        then frees its blocks.
+        """
+        ...
+
+
+class KVTransport(Protocol):
+    """Decode's side. All methods raise `UnavailableError` where the peer is gone, `PreconditionError` where it refuses, and
+    `DeadlineError` after `timeout_s`.
+    """
+
+    async def ready(self, address: str, key: AttemptKey, timeout_s: float) -> Ready: ...
+
+    def pull(
+        self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float
+    ) -> AbstractAsyncContextManager[WireKV]:
+        """The verified buffer, read-only, valid inside the context only. Waits for the buffer's bytes of credit first. `spec` is decode's,
+        the one that `request.digest` names. Raises `CorruptKVError` where digest, epoch, range, shape or checksum differ from what was
+        asked.
+        """
+        ...
+
+    async def close(self) -> None: ...
