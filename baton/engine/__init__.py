@@ -1,0 +1,1 @@
+"""The inference engine: model, sampler, KV pool and continuous batching behind one protocol."""

@@ -1,0 +1,182 @@
+"""The engine seam: one protocol that the torch engine, the simulated engine and foreign engines implement.
+
+An engine knows no network. It is driven by one thread (`baton.engine.aio` owns that thread); no method is thread-safe. Every
+resource is held under an `AttemptKey` and freed by `release`, which is idempotent and legal at any instant between steps.
+
+Life of a request in an engine, by mode:
+
+    LOCAL    add → … Started → Progress* → Token → … Token(finish)
+    PREFILL  add → … Started → Progress* → Token → [KV held: export_kv] → release
+    DECODE   add → … Reserved → [import_kv] → Token → … Token(finish)
+
+A Token with a finish reason is the last event of its key; the engine has then released LOCAL and DECODE requests by itself,
+and a PREFILL request too, since nothing will follow its first token.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.errors import BatonError
+from baton.kv.spec import KVSpec
+from baton.types import (
+    AttemptKey,
+    FinishReason,
+    PositionLogprobs,
+    PrefixDelta,
+    Sequence,
+    WorkerLoad,
+)
+
+WireKV = npt.NDArray[np.generic]
+"""A KV buffer in wire layout, see `baton.kv.spec`."""
+
+
+class Mode(Enum):
+    """What the engine is to do with a request."""
+
+    LOCAL = "local"
+    """Compute the prompt and generate."""
+    PREFILL = "prefill"
+    """Compute the prompt and one token; hold the KV until released."""
+    DECODE = "decode"
+    """Reserve blocks for the sequence, wait for its KV, generate."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request as an engine takes it."""
+
+    key: AttemptKey
+    sequence: Sequence
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """DECODE: blocks for every token of the sequence are held."""
+
+    key: AttemptKey
+    cached_tokens: int
+    """Leading tokens whose KV the prefix cache held; import starts after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """LOCAL, PREFILL: the first chunk is about to be computed."""
+
+    key: AttemptKey
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A chunk of the prompt was computed, and more remains."""
+
+    key: AttemptKey
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token."""
+
+    key: AttemptKey
+    index: int
+    """Output position; the first token of an attempt has index len(sequence.generated)."""
+    token_id: int
+    logprobs: PositionLogprobs | None
+    finish: FinishReason | None
+    """Set on the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The request lost its blocks and will be recomputed here."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request cannot go on; the engine holds nothing for it any more."""
+
+    key: AttemptKey
+    error: BatonError
+
+
+EngineEvent = Reserved | Started | Progress | Token | Preempted | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine serves; fixed once it is built."""
+
+    model: str
+    spec: KVSpec
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    block_size_tokens: int
+    num_blocks: int
+    device: str
+
+
+class Engine(Protocol):
+    """See the module docstring for the calling rules."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues the request. Raises `InvalidRequestError` where it can never fit (context, pool, token ids) and
+        `AlreadyExistsError` where the key is held; then nothing is held.
+        """
+        ...
+
+    def release(self, key: AttemptKey) -> bool:
+        """Frees all that is held under `key` and forgets it, whatever its stage. False where nothing was held."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything now. Requests that wait for KV, or for export, are no work."""
+        ...
+
+    def step(self) -> tuple[EngineEvent, ...]:
+        """Schedules and computes one batch; returns what happened, in order."""
+        ...
+
+    def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
+        """Copies the KV of tokens [first, last) out of the pool into a new wire buffer. Precondition: a PREFILL request whose first
+        token is out and which has not finished; else raises `PreconditionError`. The blocks stay held.
+        """
+        ...
+
+    def import_kv(self, key: AttemptKey, first: int, kv: WireKV) -> None:
+        """Copies the KV of tokens [first, first + T) into the reserved blocks. Several calls may cover the range piecewise, in
+        order. Precondition: Reserved; else raises `PreconditionError`. The buffer is not kept.
+        """
+        ...
+
+    def start_decode(self, key: AttemptKey, first_token: int) -> None:
+        """All KV is in, and `first_token` is the token that prefill chose at index len(sequence.generated): generate from it. Same
+        precondition as `import_kv`, and that every token's KV was imported or cached.
+        """
+        ...
+
+    def load(self) -> WorkerLoad: ...
+
+    def take_prefix_delta(self) -> PrefixDelta:
+        """Prefix-cache changes since the last call."""
+        ...
+
+    def cached_hashes(self) -> PrefixDelta:
+        """The whole prefix cache as one delta, for a router that has just been joined."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance."""
+        ...

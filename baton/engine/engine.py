@@ -1,0 +1,351 @@
+"""Continuous batching over a paged KV pool: the engine behind `baton.engine.base.Engine`, for any runner.
+
+A step is plan (`baton.scheduling.plan`), run (the runner), settle (tokens, prefix cache, events). The engine keeps the books,
+so its invariants can be checked after every step:
+
+* a request's table holds blocks for every computed token, and the pool's holder counts equal the tables;
+* a block is published to the prefix cache only once all of its tokens are computed;
+* whatever `release` is called on, and whenever, all of its blocks are free afterwards.
+
+Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors are the runner's business.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from baton.engine.base import (
+    EngineEvent,
+    EngineInfo,
+    EngineRequest,
+    Failed,
+    Mode,
+    Preempted,
+    Progress,
+    Reserved,
+    Started,
+    Token,
+    WireKV,
+)
+from baton.engine.batch import BatchRow, Runner, Sampled, SampleInput
+from baton.engine.request import RequestState, Stage
+from baton.errors import (
+    AlreadyExistsError,
+    BatonError,
+    FieldViolation,
+    InvalidRequestError,
+    PreconditionError,
+)
+from baton.kv.blocks import BlockPool, blocks_for
+from baton.kv.prefix import ROOT
+from baton.scheduling.plan import Limits, Running, Waiting, plan_step
+from baton.types import AttemptKey, PrefixDelta, WorkerLoad
+
+
+class PagedEngine:
+    """Implements `Engine`. See the module docstring."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        prefix_cache: bool = True,
+        kv_cache: bool = True,
+    ) -> None:
+        """`kv_cache=False` recomputes every token in every step: the baseline that shows what the cache buys."""
+        self._runner = runner
+        info = runner.info
+        pool_tokens = info.num_blocks * info.block_size_tokens
+        self._info = replace(info, max_context_tokens=min(info.max_context_tokens, pool_tokens))
+        self._limits = Limits(
+            block_size_tokens=info.block_size_tokens,
+            max_batch_tokens=max_batch_tokens if kv_cache else pool_tokens,
+            max_running=max_running,
+        )
+        self._eos = frozenset(info.eos_token_ids)
+        self._prefix_cache = prefix_cache and kv_cache
+        self._kv_cache = kv_cache
+        self._pool = BlockPool(info.num_blocks, info.block_size_tokens)
+        self._requests: dict[AttemptKey, RequestState] = {}
+        self._waiting: list[RequestState] = []
+        self._running: list[RequestState] = []
+        self._settled = True
+        """Nothing changed since a step that found nothing to do."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def add(self, request: EngineRequest) -> None:
+        if request.key in self._requests:
+            raise AlreadyExistsError(f"attempt {request.key} is already here")
+        length = len(request.sequence)
+        if not request.sequence.prompt:
+            raise InvalidRequestError(FieldViolation("prompt", "is empty"))
+        if length >= self._info.max_context_tokens:
+            raise InvalidRequestError(
+                FieldViolation(
+                    "prompt",
+                    f"has {length} tokens; this worker's context is "
+                    f"{self._info.max_context_tokens} tokens, with room for at least one more",
+                )
+            )
+        if not all(0 <= t < self._info.vocab_size for t in request.sequence.tokens):
+            raise InvalidRequestError(
+                FieldViolation("prompt", f"a token id is not in [0, {self._info.vocab_size})")
+            )
+        state = RequestState(request, self._info.block_size_tokens)
+        self._requests[request.key] = state
+        self._waiting.append(state)
+        self._settled = False
+
+    def release(self, key: AttemptKey) -> bool:
+        state = self._requests.pop(key, None)
+        if state is None:
+            return False
+        if state.stage is Stage.WAITING:
+            self._waiting.remove(state)
+        elif state.stage is Stage.RUNNING:
+            self._running.remove(state)
+        self._give_back(state)
+        return True
+
+    def has_work(self) -> bool:
+        return bool(self._running) or (bool(self._waiting) and not self._settled)
+
+    def step(self) -> tuple[EngineEvent, ...]:
+        plan = plan_step(
+            [Running(s.key, len(s.tokens), s.num_computed, len(s.table)) for s in self._running],
+            self._waiting_views(),
+            available_blocks=self._pool.num_available,
+            holding=len(self._requests) - len(self._running) - len(self._waiting),
+            limits=self._limits,
+        )
+        events: list[EngineEvent] = []
+        for key in plan.preempt:
+            self._preempt(self._requests[key])
+            events.append(Preempted(key))
+        for key in plan.admit:
+            if not self._admit(self._requests[key], events):
+                break
+        batch = []
+        for key, count in plan.chunks:
+            state = self._requests[key]
+            if state.stage is Stage.RUNNING and self._grow(state, state.num_computed + count):
+                batch.append((state, count))
+        self._settled = not (plan.preempt or plan.admit or batch)
+        if batch:
+            self._compute(batch, events)
+        return tuple(events)
+
+    def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
+        state = self._requests.get(key)
+        if state is None or state.stage is not Stage.HELD:
+            raise PreconditionError(f"no finished KV is held for attempt {key}")
+        if not 0 <= first < last <= state.num_computed:
+            raise PreconditionError(
+                f"tokens [{first}, {last}) are not within the {state.num_computed} computed"
+            )
+        return self._runner.read_kv(state.table, first, last)
+
+    def import_kv(self, key: AttemptKey, first: int, kv: WireKV) -> None:
+        state = self._reserved(key)
+        last = first + kv.shape[2]
+        if first != state.num_computed or last > state.num_given:
+            raise PreconditionError(
+                f"tokens [{first}, {last}) do not continue the {state.num_computed} imported "
+                f"of {state.num_given}"
+            )
+        self._runner.write_kv(state.table, first, kv)
+        state.num_computed = last
+        self._publish(state)
+
+    def start_decode(self, key: AttemptKey, first_token: int) -> None:
+        state = self._reserved(key)
+        if state.num_computed != state.num_given:
+            raise PreconditionError(
+                f"KV of {state.num_computed} of {state.num_given} tokens has arrived"
+            )
+        if not 0 <= first_token < self._info.vocab_size:
+            raise PreconditionError(f"token {first_token} is not in the vocabulary")
+        state.append(first_token)
+        state.started = True
+        state.stage = Stage.RUNNING
+        self._running.append(state)
+
+    def load(self) -> WorkerLoad:
+        blocks: dict[Stage, set[int]] = {stage: set() for stage in Stage}
+        for state in self._requests.values():
+            blocks[state.stage].update(state.table)
+        used = blocks[Stage.RUNNING]
+        in_flight = blocks[Stage.HELD] - used
+        reserved = blocks[Stage.RESERVED] - used - in_flight
+        uncomputed = sum(
+            len(s.tokens) - s.num_computed - (1 if s.started else 0)
+            for s in (*self._running, *self._waiting)
+            if not s.awaits_import
+        )
+        return WorkerLoad(
+            running_requests=len(self._requests) - len(self._waiting),
+            waiting_requests=len(self._waiting),
+            queued_prefill_tokens=max(0, uncomputed),
+            free_blocks=self._pool.num_blank,
+            cached_blocks=self._pool.num_cached,
+            reserved_blocks=len(reserved),
+            used_blocks=len(used),
+            in_flight_blocks=len(in_flight),
+        )
+
+    def take_prefix_delta(self) -> PrefixDelta:
+        return self._pool.take_delta()
+
+    def cached_hashes(self) -> PrefixDelta:
+        return PrefixDelta(stored=self._pool.hashes())
+
+    def check_integrity(self) -> None:
+        states = self._requests.values()
+        self._pool.check_integrity([s.table for s in states])
+        assert [s for s in states if s.stage is Stage.RUNNING] == sorted(
+            self._running, key=list(states).index
+        )
+        assert set(self._waiting) == {s for s in states if s.stage is Stage.WAITING}
+        for s in states:
+            assert len(s.table) * self._info.block_size_tokens >= s.num_computed
+            assert s.num_computed <= len(s.tokens)
+            assert s.stage is not Stage.WAITING or not s.table
+
+    def _reserved(self, key: AttemptKey) -> RequestState:
+        state = self._requests.get(key)
+        if state is None or state.stage is not Stage.RESERVED:
+            raise PreconditionError(f"no blocks are reserved for attempt {key}")
+        return state
+
+    def _waiting_views(self) -> Iterator[Waiting]:
+        """Lazily: only the requests that the plan looks at have their prefixes looked up."""
+        for state in self._waiting:
+            matched = self._match(state)
+            total = blocks_for(self._tokens_to_reserve(state), self._info.block_size_tokens)
+            yield Waiting(
+                key=state.key,
+                num_tokens=len(state.tokens),
+                num_cached=len(matched) * self._info.block_size_tokens,
+                num_blocks=total - len(matched) + self._pool.num_unheld(matched),
+                computes=not state.awaits_import,
+            )
+
+    def _match(self, state: RequestState) -> list[int]:
+        """Cached blocks of the sequence, short of its last token: that one's logits are needed."""
+        if not self._prefix_cache:
+            return []
+        full = (len(state.tokens) - 1) // self._info.block_size_tokens
+        return self._pool.match(state.hashes(full), state.tokens)
+
+    def _tokens_to_reserve(self, state: RequestState) -> int:
+        # A sequence whose KV is imported goes on with one more token at once.
+        return len(state.tokens) + (1 if state.awaits_import else 0)
+
+    def _admit(self, state: RequestState, events: list[EngineEvent]) -> bool:
+        matched = self._match(state)
+        self._pool.hold(matched)
+        total = blocks_for(self._tokens_to_reserve(state), self._info.block_size_tokens)
+        fresh = self._pool.allocate(total - len(matched))
+        if fresh is None:
+            # An admission before this one evicted part of the prefix that the plan counted on.
+            self._pool.free(matched)
+            return False
+        self._waiting.remove(state)
+        state.table = matched + fresh
+        state.num_computed = len(matched) * self._info.block_size_tokens
+        state.num_published = len(matched)
+        if state.awaits_import:
+            state.stage = Stage.RESERVED
+            events.append(Reserved(state.key, state.num_computed))
+            return True
+        state.stage = Stage.RUNNING
+        self._running.append(state)
+        if not state.started:
+            state.started = True
+            events.append(Started(state.key, state.num_computed))
+        return True
+
+    def _grow(self, state: RequestState, num_tokens: int) -> bool:
+        missing = blocks_for(num_tokens, self._info.block_size_tokens) - len(state.table)
+        if missing > 0:
+            blocks = self._pool.allocate(missing)
+            if blocks is None:
+                return False
+            state.table += blocks
+        return True
+
+    def _preempt(self, state: RequestState) -> None:
+        self._running.remove(state)
+        self._give_back(state)
+        state.stage = Stage.WAITING
+        self._waiting.insert(0, state)
+
+    def _give_back(self, state: RequestState) -> None:
+        self._pool.free(state.table)
+        state.table = []
+        state.num_computed = 0
+        state.num_published = 0
+        self._settled = False
+
+    def _compute(self, batch: list[tuple[RequestState, int]], events: list[EngineEvent]) -> None:
+        rows = [self._row(state, count) for state, count in batch]
+        try:
+            sampled: list[Sampled | BatonError | None] = [*self._runner.run(rows)]
+        except BatonError:
+            sampled = [self._run_alone(row) for row in rows]
+        for (state, count), result in zip(batch, sampled, strict=True):
+            if isinstance(result, BatonError):
+                events.append(Failed(state.key, result))
+                self.release(state.key)
+                continue
+            state.num_computed += count
+            self._publish(state)
+            if result is None:
+                events.append(Progress(state.key, state.num_computed))
+            else:
+                events.append(self._settle(state, result))
+
+    def _run_alone(self, row: BatchRow) -> Sampled | BatonError | None:
+        """One row's failure is that row's: the others are computed again without it. Writing the same KV twice is harmless."""
+        try:
+            return self._runner.run([row])[0]
+        except BatonError as error:
+            return error
+
+    def _row(self, state: RequestState, count: int) -> BatchRow:
+        first, last = state.num_computed, state.num_computed + count
+        return BatchRow(
+            token_ids=state.tokens[first:last],
+            start=first,
+            block_table=state.table,
+            sample=SampleInput(state.params, state.prompt, state.output)
+            if last == len(state.tokens)
+            else None,
+        )
+
+    def _settle(self, state: RequestState, sampled: Sampled) -> Token:
+        index = state.append(sampled.token_id)
+        finish = state.finish_reason(self._eos, self._info.max_context_tokens)
+        if finish is not None:
+            self.release(state.key)
+        elif state.mode is Mode.PREFILL:
+            self._running.remove(state)
+            state.stage = Stage.HELD
+        elif not self._kv_cache:
+            state.num_computed = 0
+        return Token(state.key, index, sampled.token_id, sampled.logprobs, finish)
+
+    def _publish(self, state: RequestState) -> None:
+        """Makes the blocks that are now full of computed tokens reusable."""
+        if not self._prefix_cache:
+            return
+        full = state.num_computed // self._info.block_size_tokens
+        hashes = state.hashes(full)
+        for index in range(state.num_published, full):
+            parent = hashes[index - 1] if index else ROOT
+            self._pool.publish(state.table[index], hashes[index], parent, state.block_tokens(index))
+        state.num_published = max(state.num_published, full)

@@ -1,0 +1,86 @@
+"""The engine's record of one request: its tokens, its blocks, and how far it has come.
+
+WAITING ──▶ RUNNING ──▶ (gone)          LOCAL; also DECODE after a preemption
+   ▲          │
+   └──────────┘ preempted
+WAITING ──▶ RUNNING ──▶ HELD ──▶ (gone)       PREFILL: KV waits to be exported
+WAITING ──▶ RESERVED ──▶ RUNNING ──▶ (gone)   DECODE: KV arrives by import
+"""
+
+from enum import Enum
+
+from baton.engine.base import EngineRequest, Mode
+from baton.kv.prefix import ROOT, child_hash
+from baton.types import AttemptKey, BlockHash, FinishReason
+
+
+class Stage(Enum):
+    """See the module docstring."""
+
+    WAITING = "waiting"
+    RESERVED = "reserved"
+    RUNNING = "running"
+    HELD = "held"
+
+
+class RequestState:
+    """Mutable state of one request; owned by the engine.
+
+    [0, num_computed)             KV is in the blocks of `table`
+    [num_computed, len(tokens))   known, not yet computed
+    """
+
+    def __init__(self, request: EngineRequest, block_size: int) -> None:
+        sequence = request.sequence
+        self.key: AttemptKey = request.key
+        self.mode = request.mode
+        self.params = sequence.sampling
+        self.prompt = sequence.prompt
+        self.output = list(sequence.generated)
+        self.tokens = [*sequence.prompt, *sequence.generated]
+        self.num_given = len(self.tokens)
+        """Tokens that came with the request."""
+        self.stage = Stage.WAITING
+        self.table: list[int] = []
+        self.num_computed = 0
+        self.num_published = 0
+        """Leading blocks of the table that the prefix cache knows."""
+        self.started = False
+        self._block_size = block_size
+        self._hashes: list[BlockHash] = []
+
+    @property
+    def awaits_import(self) -> bool:
+        """Whether its KV comes from another worker once it has blocks."""
+        return self.mode is Mode.DECODE and not self.started
+
+    def hashes(self, num_blocks: int) -> list[BlockHash]:
+        """Hashes of the first `num_blocks` blocks, all of which must be full of known tokens."""
+        while len(self._hashes) < num_blocks:
+            index = len(self._hashes)
+            parent = self._hashes[-1] if index else ROOT
+            self._hashes.append(child_hash(parent, self.block_tokens(index)))
+        return self._hashes[:num_blocks]
+
+    def block_tokens(self, index: int) -> list[int]:
+        """The tokens of one full block."""
+        return self.tokens[index * self._block_size : (index + 1) * self._block_size]
+
+    def append(self, token_id: int) -> int:
+        """Adds a generated token; returns its output position."""
+        self.tokens.append(token_id)
+        self.output.append(token_id)
+        return len(self.output) - 1
+
+    def finish_reason(
+        self, eos_token_ids: frozenset[int], max_context_tokens: int
+    ) -> FinishReason | None:
+        """Whether the newest token ends the request. (The sampler cannot choose an end before min_tokens.)"""
+        newest = self.output[-1]
+        if newest in self.params.stop_token_ids:
+            return FinishReason.STOP
+        if newest in eos_token_ids and not self.params.ignore_eos:
+            return FinishReason.STOP
+        if len(self.output) >= self.params.max_tokens or len(self.tokens) >= max_context_tokens:
+            return FinishReason.LENGTH
+        return None

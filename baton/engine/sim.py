@@ -1,0 +1,133 @@
+"""The simulated engine: the real scheduler, pool and prefix cache over a runner that needs no model and no torch.
+
+Its tokens are a deterministic function of the *stored KV* of every token before them, read through the block table, so that a
+lost, stale or misplaced block shows as a wrong token, as with a real model. Latencies are configurable. It is for testing
+placement, sessions and failure with many workers on a small machine.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from baton.engine.base import EngineInfo, WireKV
+from baton.engine.batch import BatchRow, Sampled, SampleInput
+from baton.engine.engine import PagedEngine
+from baton.engine.noise import uniform
+from baton.kv.spec import KVDtype, KVSpec
+from baton.types import PositionLogprobs, TokenLogprob
+
+_MODULUS = 65521
+"""Below 2**16, so that every stored value is exact in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    """Shape and speed of a simulated engine."""
+
+    model: str = "sim"
+    vocab_size: int = 256
+    max_context_tokens: int = 4096
+    eos_token_ids: tuple[int, ...] = (0,)
+    block_size_tokens: int = 16
+    num_blocks: int = 1024
+    max_batch_tokens: int = 512
+    max_running: int = 256
+    prefix_cache: bool = True
+    step_s: float = 0.0
+    """Time that every step takes."""
+    token_s: float = 0.0
+    """Time that each computed token adds."""
+
+
+class SimRunner:
+    """KV of a token is (its id, its position), in one layer with one head of two numbers."""
+
+    def __init__(self, config: SimConfig) -> None:
+        self._config = config
+        self._info = EngineInfo(
+            model=config.model,
+            spec=KVSpec(
+                num_layers=1,
+                num_kv_heads=1,
+                head_dim=2,
+                dtype=KVDtype.FLOAT32,
+                position_scheme="sim",
+                model_fingerprint=f"sim:{config.model}:{config.vocab_size}",
+            ),
+            vocab_size=config.vocab_size,
+            max_context_tokens=config.max_context_tokens,
+            eos_token_ids=config.eos_token_ids,
+            block_size_tokens=config.block_size_tokens,
+            num_blocks=config.num_blocks,
+            device="sim",
+        )
+        # [slots, 2]: what keys and values both hold
+        self._slots = np.zeros((config.num_blocks * config.block_size_tokens, 2), np.float32)
+        position = np.arange(config.max_context_tokens, dtype=np.int64)
+        self._weight = (position * 40503 + 12345) % _MODULUS
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def run(self, rows: Sequence[BatchRow]) -> list[Sampled | None]:
+        computed = sum(len(row.token_ids) for row in rows)
+        delay_s = self._config.step_s + computed * self._config.token_s
+        if delay_s:
+            time.sleep(delay_s)
+        return [self._run_row(row) for row in rows]
+
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+        slots = self._slot_ids(block_table, last)[first:]
+        kv = np.empty(self._info.spec.wire_shape(last - first), np.float32)
+        kv[:, 0, :, 0, :] = self._slots[slots]
+        return kv
+
+    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
+        slots = self._slot_ids(block_table, first + kv.shape[2])[first:]
+        self._slots[slots] = kv[0, 0, :, 0, :]
+
+    def _slot_ids(self, block_table: Sequence[int], num_tokens: int) -> npt.NDArray[np.int64]:
+        """[num_tokens]: where each token's KV is."""
+        size = self._config.block_size_tokens
+        blocks = np.asarray(block_table, np.int64)
+        return (blocks[:, None] * size + np.arange(size)).reshape(-1)[:num_tokens]
+
+    def _run_row(self, row: BatchRow) -> Sampled | None:
+        length = row.start + len(row.token_ids)
+        slots = self._slot_ids(row.block_table, length)
+        self._slots[slots[row.start :], 0] = row.token_ids
+        self._slots[slots[row.start :], 1] = np.arange(row.start, length)
+        if row.sample is None:
+            return None
+        stored = self._slots[slots].astype(np.int64)
+        misplaced = stored[:, 1] != np.arange(length)
+        state = int(((stored[:, 0] + 1 + misplaced) * self._weight[:length]).sum() % _MODULUS)
+        return self._choose(state, row.sample)
+
+    def _choose(self, state: int, sample: SampleInput) -> Sampled:
+        params = sample.params
+        if params.temperature > 0:
+            state += int(uniform(params.seed, params.choice, len(sample.output)) * _MODULUS)
+        token_id = state % self._config.vocab_size
+        if len(sample.output) < params.min_tokens:
+            ends = {*self._config.eos_token_ids, *params.stop_token_ids}
+            while token_id in ends:
+                token_id = (token_id + 1) % self._config.vocab_size
+        if params.logprobs is None:
+            return Sampled(token_id, None)
+        chosen = TokenLogprob(token_id, -(state % 1000) / 1000)
+        return Sampled(token_id, PositionLogprobs(chosen, (chosen,) * min(params.logprobs, 1)))
+
+
+def build_sim_engine(config: SimConfig) -> PagedEngine:
+    """A simulated engine, ready to step."""
+    return PagedEngine(
+        SimRunner(config),
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        prefix_cache=config.prefix_cache,
+    )

@@ -1,0 +1,304 @@
+"""The engine over the simulated runner, whose tokens are wrong as soon as one KV entry is lost, stale or misplaced."""
+
+import itertools
+import random
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.engine.base import (
+    EngineEvent,
+    EngineRequest,
+    Failed,
+    Mode,
+    Preempted,
+    Progress,
+    Reserved,
+    Started,
+    Token,
+)
+from baton.engine.batch import BatchRow, Sampled
+from baton.engine.engine import PagedEngine
+from baton.engine.sim import SimConfig, SimRunner, build_sim_engine
+from baton.errors import (
+    AlreadyExistsError,
+    InternalError,
+    InvalidRequestError,
+    PreconditionError,
+)
+from baton.types import AttemptKey, FinishReason, RequestId, SamplingParams, Sequence
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+BIG = SimConfig(num_blocks=512)
+
+
+def key(name: str = "r", attempt: int = 0) -> AttemptKey:
+    return AttemptKey(RequestId(name), attempt)
+
+
+def request(
+    prompt: list[int],
+    *,
+    name: str = "r",
+    mode: Mode = Mode.LOCAL,
+    generated: tuple[int, ...] = (),
+    params: SamplingParams = GREEDY,
+) -> EngineRequest:
+    return EngineRequest(key(name), Sequence(tuple(prompt), generated, params), mode)
+
+
+def run(engine: PagedEngine) -> list[EngineEvent]:
+    """Steps until there is no work, checking the books after every step."""
+    events: list[EngineEvent] = []
+    while engine.has_work():
+        events += engine.step()
+        engine.check_integrity()
+    return events
+
+
+def tokens_of(events: list[EngineEvent], name: str = "r") -> list[int]:
+    tokens = [e for e in events if isinstance(e, Token) and e.key.request_id == name]
+    assert [t.index for t in tokens] == list(range(tokens[0].index, tokens[0].index + len(tokens)))
+    return [t.token_id for t in tokens]
+
+
+def reference(
+    prompt: list[int], params: SamplingParams = GREEDY, generated: tuple[int, ...] = ()
+) -> list[int]:
+    """What an undisturbed engine says, alone, with everything in one chunk and no prefix cache."""
+    engine = build_sim_engine(replace(BIG, prefix_cache=False, max_batch_tokens=10_000))
+    engine.add(request(prompt, params=params, generated=generated))
+    return tokens_of(run(engine))
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def hand_over(prefill: PagedEngine, decode: PagedEngine, req: EngineRequest, pieces: int) -> int:
+    """One handoff, as the workers do it; returns the first token."""
+    decode.add(replace(req, mode=Mode.DECODE))
+    reserved = decode.step()[0]
+    assert isinstance(reserved, Reserved)
+    prefill.add(replace(req, mode=Mode.PREFILL))
+    first = [e for e in run(prefill) if isinstance(e, Token)][-1]
+    length = len(req.sequence)
+    cuts = sorted(
+        {
+            reserved.cached_tokens,
+            length,
+            *range(reserved.cached_tokens, length, max(1, length // pieces)),
+        }
+    )
+    for start, end in itertools.pairwise(cuts):
+        decode.import_kv(req.key, start, prefill.export_kv(req.key, start, end))
+        decode.check_integrity()
+    decode.start_decode(req.key, first.token_id)
+    assert prefill.release(req.key)
+    prefill.check_integrity()
+    return first.token_id
+
+
+def test_events_come_in_order_and_the_request_is_gone_at_the_end() -> None:
+    engine = build_sim_engine(replace(BIG, max_batch_tokens=16))
+    engine.add(request(prompt_of(40)))
+    events = run(engine)
+    assert events[0] == Started(key(), 0)
+    assert events[1:3] == [Progress(key(), 16), Progress(key(), 32)]
+    last = events[-1]
+    assert isinstance(last, Token)
+    assert (last.index, last.finish) == (23, FinishReason.LENGTH)
+    assert not engine.release(key())
+    load = engine.load()
+    assert load.free_blocks + load.cached_blocks == BIG.num_blocks
+
+
+@pytest.mark.parametrize("block_size", [4, 16, 64])
+@pytest.mark.parametrize("chunk", [8, 64, 512])
+def test_tokens_depend_on_neither_block_size_nor_chunk_size_nor_batch(
+    block_size: int, chunk: int
+) -> None:
+    engine = build_sim_engine(replace(BIG, block_size_tokens=block_size, max_batch_tokens=chunk))
+    prompts = {f"r{n}": prompt_of(n, seed=n) for n in (1, 3, 17, 64, 65, 200)}
+    for name, prompt in prompts.items():
+        engine.add(request(prompt, name=name))
+    events = run(engine)
+    for name, prompt in prompts.items():
+        assert tokens_of(events, name) == reference(prompt)
+
+
+def test_a_prefix_hit_skips_computing_and_changes_nothing() -> None:
+    engine = build_sim_engine(BIG)
+    prompt = prompt_of(100)
+    engine.add(request(prompt, name="a"))
+    run(engine)
+    engine.add(request(prompt, name="b"))
+    events = run(engine)
+    assert events[0] == Started(key("b"), 96)
+    assert tokens_of(events, "b") == reference(prompt)
+
+
+def test_preempted_requests_say_the_same_tokens() -> None:
+    config = replace(BIG, num_blocks=16, block_size_tokens=4)
+    engine = build_sim_engine(config)
+    prompts = {f"r{n}": prompt_of(10, seed=n) for n in range(5)}
+    for name, prompt in prompts.items():
+        engine.add(request(prompt, name=name))
+    events = run(engine)
+    assert any(isinstance(e, Preempted) for e in events), "the pool is too small for all five"
+    for name, prompt in prompts.items():
+        assert tokens_of(events, name) == reference(prompt)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("decode_block_size", [4, 16, 64])
+def test_the_split_says_what_one_engine_says(pieces: int, decode_block_size: int) -> None:
+    prefill = build_sim_engine(BIG)
+    decode = build_sim_engine(replace(BIG, block_size_tokens=decode_block_size))
+    prompt = prompt_of(150)
+    first = hand_over(prefill, decode, request(prompt), pieces)
+    assert [first, *tokens_of(run(decode))] == reference(prompt)
+    assert prefill.load().in_flight_blocks == 0
+
+
+def test_decode_needs_only_the_blocks_that_its_cache_lacks() -> None:
+    prefill, decode = build_sim_engine(BIG), build_sim_engine(BIG)
+    prompt = prompt_of(100)
+    hand_over(prefill, decode, request(prompt), 1)
+    run(decode)
+    longer = prompt + prompt_of(30, seed=9)
+    decode.add(request(longer, name="b", mode=Mode.DECODE))
+    assert decode.step() == (Reserved(key("b"), 96),)
+    decode.release(key("b"))
+    decode.check_integrity()
+    first = hand_over(prefill, decode, request(longer, name="c"), 1)
+    assert [first, *tokens_of(run(decode), "c")] == reference(longer)
+
+
+def test_a_new_attempt_continues_where_the_last_one_stopped() -> None:
+    prompt = prompt_of(50)
+    params = replace(GREEDY, temperature=1.0, seed=7)
+    whole = reference(prompt, params)
+    for sent in range(1, len(whole)):
+        engine = build_sim_engine(BIG)
+        engine.add(request(prompt, generated=tuple(whole[:sent]), params=params))
+        events = run(engine)
+        assert next(e for e in events if isinstance(e, Token)).index == sent
+        assert tokens_of(events) == whole[sent:]
+
+
+def test_without_a_kv_cache_the_tokens_are_the_same() -> None:
+    engine = PagedEngine(SimRunner(BIG), max_batch_tokens=8, max_running=8, kv_cache=False)
+    prompt = prompt_of(40)
+    engine.add(request(prompt))
+    assert tokens_of(run(engine)) == reference(prompt)
+
+
+def test_a_pool_too_small_for_the_prompt_refuses_it_and_one_too_small_for_the_batch_queues() -> (
+    None
+):
+    engine = build_sim_engine(replace(BIG, num_blocks=4, block_size_tokens=4))
+    with pytest.raises(InvalidRequestError, match="context is 16 tokens"):
+        engine.add(request(prompt_of(16)))
+    for name in ("a", "b", "c"):
+        engine.add(request(prompt_of(9), name=name, params=replace(GREEDY, max_tokens=3)))
+    engine.step()
+    assert engine.load().waiting_requests == 2
+    events = run(engine)
+    assert sum(isinstance(e, Token) and e.finish is not None for e in events) == 3
+
+
+def test_bad_requests_are_refused_and_hold_nothing() -> None:
+    engine = build_sim_engine(BIG)
+    with pytest.raises(InvalidRequestError, match="token id"):
+        engine.add(request([256]))
+    with pytest.raises(InvalidRequestError, match="empty"):
+        engine.add(request([]))
+    engine.add(request([1]))
+    with pytest.raises(AlreadyExistsError):
+        engine.add(request([1]))
+
+
+def test_stop_tokens_and_eos_end_a_request_and_min_tokens_delays_them() -> None:
+    prompt = prompt_of(20)
+    said = reference(prompt)
+    stop = replace(GREEDY, stop_token_ids=(said[5],))
+    assert reference(prompt, stop) == said[: said.index(said[5]) + 1]
+    held_back = replace(stop, min_tokens=10, ignore_eos=False)
+    assert len(reference(prompt, held_back)) >= 10
+
+
+def test_transfers_out_of_turn_are_refused() -> None:
+    prefill, decode = build_sim_engine(BIG), build_sim_engine(BIG)
+    with pytest.raises(PreconditionError):
+        prefill.export_kv(key(), 0, 1)
+    prefill.add(request(prompt_of(20), mode=Mode.PREFILL))
+    run(prefill)
+    kv = prefill.export_kv(key(), 0, 20)
+    with pytest.raises(PreconditionError):
+        prefill.export_kv(key(), 0, 21)
+    with pytest.raises(PreconditionError):
+        decode.import_kv(key(), 0, kv)
+    decode.add(request(prompt_of(20), mode=Mode.DECODE))
+    decode.step()
+    with pytest.raises(PreconditionError, match="do not continue"):
+        decode.import_kv(key(), 4, kv)
+    with pytest.raises(PreconditionError, match="has arrived"):
+        decode.start_decode(key(), 1)
+
+
+class FailingRunner(SimRunner):
+    """Fails for a token id, as a model does whose logits are not finite."""
+
+    def run(self, rows: Rows[BatchRow]) -> list[Sampled | None]:
+        if any(13 in row.token_ids for row in rows):
+            raise InternalError("logits are not finite")
+        return super().run(rows)
+
+
+def test_one_request_that_fails_harms_no_other_in_its_batch() -> None:
+    engine = PagedEngine(FailingRunner(BIG), max_batch_tokens=512, max_running=8)
+    engine.add(request([1, 2, 3], name="good"))
+    engine.add(request([1, 13, 3], name="bad"))
+    events = engine.step()
+    engine.check_integrity()
+    assert next(e for e in events if isinstance(e, Failed)).key == key("bad")
+    assert engine.load().running_requests <= 1
+    while engine.has_work():
+        events += engine.step()
+    said = [e.token_id for e in events if isinstance(e, Token) and e.key == key("good")]
+    assert said[: len(said)] == reference([1, 2, 3])[: len(said)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_pool_is_whole_after_releases_at_random_instants(data: st.DataObject) -> None:
+    """Promise: no stranded KV block at any instant of cancellation."""
+    rng = random.Random(data.draw(st.integers(0, 10**6)))
+    config = replace(BIG, num_blocks=24, block_size_tokens=4, max_batch_tokens=8, max_running=6)
+    engine = build_sim_engine(config)
+    live: list[AttemptKey] = []
+    for turn in range(60):
+        if rng.random() < 0.4:
+            req = request(
+                prompt_of(rng.randrange(1, 60), seed=rng.randrange(4)),
+                name=f"r{turn}",
+                mode=rng.choice(list(Mode)),
+            )
+            engine.add(req)
+            live.append(req.key)
+        if live and rng.random() < 0.3:
+            engine.release(live.pop(rng.randrange(len(live))))
+        if engine.has_work():
+            engine.step()
+        engine.check_integrity()
+    for k in live:
+        engine.release(k)
+    engine.check_integrity()
+    load = engine.load()
+    assert load.free_blocks + load.cached_blocks == config.num_blocks
+    assert load.running_requests == load.waiting_requests == load.queued_prefill_tokens == 0
