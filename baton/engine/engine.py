@@ -77,6 +77,11 @@ class PagedEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def runner(self) -> Runner:
+        """The runner, for engines that share one model."""
+        return self._runner
+
     def add(self, request: EngineRequest) -> None:
         if request.key in self._requests:
             raise AlreadyExistsError(f"attempt {request.key} is already here")

@@ -1,0 +1,127 @@
+"""The torch runner: a model and its KV pool, computing the engine's batches. See `baton.engine.batch.Runner`.
+
+Built and used by one thread, the engine's. Torch's thread count is set there, since it is that thread's own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from baton.engine.attention import plan_batch
+from baton.engine.base import EngineInfo, WireKV
+from baton.engine.batch import BatchRow, Sampled
+from baton.engine.config import EngineConfig, load_model_config, resolve
+from baton.engine.loader import (
+    Progress,
+    find_checkpoint,
+    fingerprint,
+    load_decoder,
+    open_checkpoint,
+)
+from baton.engine.memory import free_memory_bytes
+from baton.engine.sampling import sample
+from baton.errors import ModelLoadError
+from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
+from baton.kv.spec import KVDtype, KVSpec
+
+_POOL_SHARE = {"cpu": 0.25, "cuda": 0.85}
+"""Of the memory that is free once the model is loaded. On CPU the pool's neighbours are other workers and the object store; on
+CUDA the rest is for activations."""
+
+
+class TorchRunner:
+    """Implements `Runner`."""
+
+    def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
+        """Loads the model. Raises `ModelLoadError`."""
+        directory = find_checkpoint(config.model)
+        model = load_model_config(directory)
+        config = resolve(config, model)
+        assert config.dtype is not None
+        assert config.max_context_tokens is not None
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ModelLoadError(
+                config.model, "device is cuda, but this machine has no CUDA device"
+            )
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        kv_dtype = KVDtype(config.dtype)
+        self._device, self._dtype = torch.device(config.device), TORCH_DTYPES[kv_dtype]
+        self._windows = frozenset(model.windows)
+        checkpoint = open_checkpoint(directory)
+        with torch.inference_mode():
+            self._decoder = load_decoder(
+                checkpoint,
+                model,
+                dtype=self._dtype,
+                device=self._device,
+                context_tokens=config.max_context_tokens,
+                progress=progress,
+            )
+        spec = KVSpec(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=kv_dtype,
+            position_scheme=model.position_scheme(config.max_context_tokens),
+            model_fingerprint=fingerprint(checkpoint),
+        )
+        num_blocks = size_pool(
+            kv_pool_tokens=config.kv_pool_tokens,
+            free_bytes=int(_POOL_SHARE[config.device] * free_memory_bytes(config.device)),
+            token_bytes=spec.token_bytes,
+            block_size_tokens=config.block_size_tokens,
+            most_tokens=config.max_running * config.max_context_tokens,
+        )
+        if num_blocks == 0:
+            raise ModelLoadError(config.model, "no memory is left for the KV pool")
+        self._pool = KVPool(
+            spec,
+            num_blocks=num_blocks,
+            block_size_tokens=config.block_size_tokens,
+            device=config.device,
+        )
+        self._info = EngineInfo(
+            model=directory.resolve().name if Path(config.model).is_dir() else config.model,
+            spec=spec,
+            vocab_size=model.vocab_size,
+            max_context_tokens=config.max_context_tokens,
+            eos_token_ids=model.eos_token_ids,
+            block_size_tokens=config.block_size_tokens,
+            num_blocks=num_blocks,
+            device=config.device,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def run(self, rows: Sequence[BatchRow]) -> list[Sampled | None]:
+        results: list[Sampled | None] = [None] * len(rows)
+        if not rows:
+            return results
+        with torch.inference_mode():
+            plan = plan_batch(
+                rows,
+                block_size=self._info.block_size_tokens,
+                windows=self._windows,
+                dtype=self._dtype,
+                device=self._device,
+            )
+            logits = self._decoder(plan, self._pool)
+            if not plan.sampled_rows:
+                return results
+            inputs = [row.sample for row in (rows[i] for i in plan.sampled_rows) if row.sample]
+            chosen = sample(logits, inputs, self._info.eos_token_ids)
+        for row, token in zip(plan.sampled_rows, chosen, strict=True):
+            results[row] = token
+        return results
+
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+        with torch.inference_mode():
+            return self._pool.read_kv(block_table, first, last)
+
+    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
+        with torch.inference_mode():
+            self._pool.write_kv(block_table, first, kv)
