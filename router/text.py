@@ -1,0 +1,310 @@
+"""Text in and out of token ids: the tokenizer, and the output's text as its tokens arrive.
+
+A `Tokenizer` is immutable and safe in any thread; encoding a long prompt is worth a thread of its own. `OutputText`, and the two
+machines it is made of, belong to one request and are driven from the router's event loop.
+
+`tokenizers.decoders.DecodeStream` is not used: it raises for good where byte-fallback tokens turn out to be no UTF-8, cannot give
+up what it holds when the output ends, and decodes ever longer stretches while a model emits broken bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from tokenizers import decoders, models, pre_tokenizers
+
+from baton.errors import FieldViolation, InvalidRequestError, ModelLoadError
+from baton.types import SamplingParams
+from router.chat import (
+    CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    ChatTemplate,
+    ChatTurn,
+    load_chat_template,
+)
+
+_TOKENIZER_FILE = "tokenizer.json"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MAX_INCOMPLETE = 3
+"""Most bytes, hence replacement characters, that a UTF-8 character can lack its last byte by."""
+_CONTEXT_TOKENS = 8
+_MAX_PENDING_TOKENS = 32
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, template: ChatTemplate | None = None) -> None:
+        """Takes over `backend`."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._template = template
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, source: str) -> "Tokenizer":
+        """From a checkpoint's directory, or a Hugging Face hub id. Reads files, or the network. Raises `ModelLoadError` naming what is
+        unusable.
+        """
+        directory = _checkpoint_directory(source)
+        path = directory / _TOKENIZER_FILE
+        if not path.is_file():
+            raise ModelLoadError(str(path), "no such file")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelLoadError(str(path), f"not a tokenizer: {error}") from error
+        return cls(backend, load_chat_template(directory))
+
+    @classmethod
+    def of_bytes(cls) -> "Tokenizer":
+        """Token ids are the bytes of UTF-8: for engines whose vocabulary is 256 tokens without a meaning."""
+        # The byte-level alphabet: printable bytes are written as themselves, the others as the characters from U+0100 on.
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = sorted(set(range(256)).difference(printable))
+        symbols = {chr(byte): byte for byte in printable}
+        symbols.update({chr(256 + index): byte for index, byte in enumerate(others)})
+        backend = tokenizers.Tokenizer(models.BPE(vocab=symbols, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a text, added ones too. A model's vocabulary may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt's tokens, with the special tokens that the tokenizer puts around a text."""
+        return self._encode(text, "prompt.text", add_special_tokens=True)
+
+    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
+        """The tokens of a conversation; its template writes every special token itself."""
+        if self._template is None:
+            violation = FieldViolation("prompt.chat", "the model has no chat template")
+            raise InvalidRequestError(violation)
+        return self._encode(self._template.render(turns), "prompt.chat", add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones and unknown ones left out."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether a token can be part of a text: it is in the tokenizer's vocabulary and not special."""
+        return token_id not in self._special and self._backend.id_to_token(token_id) is not None
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # the library raises nothing narrower
+            problem = f"the model's tokenizer cannot encode it: {error}"
+            raise InvalidRequestError(FieldViolation(field, problem)) from error
+
+
+def _checkpoint_directory(source: str) -> Path:
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    files = [_TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE]
+    try:
+        return Path(snapshot_download(source, allow_patterns=files))
+    except (OSError, HFValidationError) as error:
+        problem = f"neither a directory nor a model that the hub gives: {error}"
+        raise ModelLoadError(source, problem) from error
+
+
+class Detokenizer:
+    """Turns tokens into text one by one, and never gives out a character before all its bytes are there.
+
+    Where a token's text depends on the tokens before it (a leading space, a character's bytes), so does what is given out: the joined
+    texts are what the decoded output adds to the decoded prompt.
+
+        context    tokens whose text is all given out; they decide how the pending ones read
+        pending    tokens with text to come; their first `_sent` characters are given out already
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._context = _context_of(tokenizer, prompt)
+        self._context_text = tokenizer.decode(self._context)
+        self._pending: list[int] = []
+        self._sent = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this token and was not before."""
+        if not self._tokenizer.has_text(token_id):
+            return ""
+        self._pending.append(token_id)
+        text = self._pending_text()
+        ready, settled = len(text.rstrip(_REPLACEMENT)), 0
+        if text and ready == len(text):
+            settled = self._settle(text, len(self._pending))
+        elif len(self._pending) > _MAX_PENDING_TOKENS:
+            # Held for so long, all but the last character are broken bytes.
+            settled = self._settle(text, len(self._pending) - _MAX_INCOMPLETE - 1)
+        ready = max(ready, settled)
+        fresh = text[self._sent : ready]
+        self._sent = max(self._sent, ready) - settled
+        return fresh
+
+    def flush(self) -> str:
+        """What is still held, when the output has ended: replacement characters for a character that never came."""
+        fresh = self._pending_text()[self._sent :] if self._pending else ""
+        self._context, self._context_text, self._pending, self._sent = [], "", [], 0
+        return fresh
+
+    def _settle(self, text: str, count: int) -> int:
+        """Makes the first `count` pending tokens the context; returns how much of `text`, the pending tokens' text, is theirs."""
+        self._context, self._pending = self._pending[:count], self._pending[count:]
+        self._context_text = self._tokenizer.decode(self._context)
+        return len(text) - (len(self._pending_text()) if self._pending else 0)
+
+    def _pending_text(self) -> str:
+        text = self._tokenizer.decode(self._context + self._pending)
+        known = self._context_text
+        # A character that breaks off at the context's end, as a prompt may, becomes the output's.
+        for before in (
+            known,
+            known[:-_MAX_INCOMPLETE] + known[-_MAX_INCOMPLETE:].rstrip(_REPLACEMENT),
+        ):
+            if text.startswith(before):
+                return text[len(before) :]
+        # Bytes that are no UTF-8 make byte-fallback decoders doubt the bytes before them too; those stay given out.
+        return self._tokenizer.decode(self._pending)
+
+
+def _context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The prompt's end: a few tokens, from where a character begins."""
+    textual = [token_id for token_id in prompt[-64:] if tokenizer.has_text(token_id)]
+    counts = range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_INCOMPLETE + 1)
+    ends = [textual[-count:] for count in counts]
+    return min(ends, key=lambda end: tokenizer.decode(end).count(_REPLACEMENT))
+
+
+class StopMatcher:
+    """Finds the first of several strings to be completed in a text that arrives in pieces; of those completed by the same character,
+    the longest. What is found depends on the text alone, not on the pieces.
+
+    `_progress[i]` is the length of the longest beginning of stop i that the text ends with (Knuth, Morris and Pratt); the longest of
+    them is what must be held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """None is empty."""
+        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._progress = [0] * len(self._stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that can be given out, and the stop that ends it. After a stop, nothing is held."""
+        before, self._held = len(self._held), self._held + text
+        for offset, character in enumerate(text, start=before + 1):
+            for index, stop in enumerate(self._stops):
+                self._progress[index] = self._advance(index, character)
+                if self._progress[index] == len(stop):
+                    fresh, self._held = self._held[: offset - len(stop)], ""
+                    return fresh, stop
+        free = len(self._held) - max(self._progress, default=0)
+        fresh, self._held = self._held[:free], self._held[free:]
+        return fresh, None
+
+    def flush(self) -> str:
+        """What is held back, when no more text can come."""
+        fresh, self._held = self._held, ""
+        return fresh
+
+    def _advance(self, index: int, character: str) -> int:
+        stop, borders, length = self._stops[index], self._borders[index], self._progress[index]
+        while length and stop[length] != character:
+            length = borders[length - 1]
+        return length + (stop[length] == character)
+
+
+def _borders(stop: str) -> list[int]:
+    """For each beginning of a string, the length of its longest proper beginning that is also its end."""
+    borders = [0]
+    for character in stop[1:]:
+        length = borders[-1]
+        while length and stop[length] != character:
+            length = borders[length - 1]
+        borders.append(length + (stop[length] == character))
+    return borders
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextUpdate:
+    """What some tokens added to an output."""
+
+    text: str
+    """Complete characters that belong to no stop string."""
+    consumed_tokens: int
+    """Tokens of the push that belong to the output: all, or those up to the one that ended it, itself included."""
+    stop: str | None = None
+    """The stop string that ended the output."""
+    stop_token_id: int | None = None
+    """The stop token or end-of-sequence token that ended the output; its text is no part of the output's."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop was met. Tokens that follow do not belong to the output."""
+        return self.stop is not None or self.stop_token_id is not None
+
+
+class OutputText:
+    """One request's output text, across its attempts."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        *,
+        prompt: Sequence[int],
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._matcher = StopMatcher(sampling.stop)
+        self._min_tokens = sampling.min_tokens
+        ends = () if sampling.ignore_eos else eos_token_ids
+        self._ends = frozenset((*sampling.stop_token_ids, *ends))
+        self._num_tokens = 0
+        self._ending: TextUpdate | None = None
+
+    def push(self, token_ids: Sequence[int]) -> TextUpdate:
+        """The output's next tokens. Once a stop was met, further ones are left out: none is consumed."""
+        if self._ending is not None:
+            return TextUpdate(text="", consumed_tokens=0)
+        parts: list[str] = []
+        for consumed, token_id in enumerate(token_ids, start=1):
+            self._num_tokens += 1
+            end = token_id if token_id in self._ends else None
+            text, stop = ("", None) if end is not None else self._match(token_id)
+            parts.append(text)
+            if end is not None or stop is not None:
+                self._ending = TextUpdate(
+                    text="".join(parts), consumed_tokens=consumed, stop=stop, stop_token_id=end
+                )
+                return self._ending
+        return TextUpdate(text="".join(parts), consumed_tokens=len(token_ids))
+
+    def finish(self) -> str:
+        """The rest of the text, when the output has ended: what was held because it might have become a character or a stop."""
+        if self._ending is not None and self._ending.stop is not None:
+            return ""
+        return self._matcher.flush() + self._detokenizer.flush()
+
+    def _match(self, token_id: int) -> tuple[str, str | None]:
+        text = self._detokenizer.push(token_id)
+        if self._num_tokens <= self._min_tokens:
+            return text, None
+        return self._matcher.push(text)
