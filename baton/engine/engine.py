@@ -1,7 +1,7 @@
 """Continuous batching over a paged KV pool: the engine behind `baton.engine.base.Engine`, for any runner.
 
-A step is plan (`baton.scheduling.plan`), run (the runner), settle (tokens, prefix cache, events). The engine keeps the books,
-so its invariants can be checked after every step:
+A step is plan (`baton.scheduling.plan`), run (the runner), settle (tokens, prefix cache, events); one that admits or preempts
+returns after the plan, and the next call runs it. The engine keeps the books, so its invariants can be checked after every step:
 
 * a request's table holds blocks for every computed token, and the pool's holder counts equal the tables;
 * a block is published to the prefix cache only once all of its tokens are computed;
@@ -70,6 +70,8 @@ class PagedEngine:
         self._requests: dict[AttemptKey, RequestState] = {}
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []
+        self._batch: list[tuple[RequestState, int]] = []
+        """Planned, not yet computed: how many tokens of which requests."""
         self._settled = True
         """Nothing changed since a step that found nothing to do."""
 
@@ -117,32 +119,15 @@ class PagedEngine:
         return True
 
     def has_work(self) -> bool:
-        return bool(self._running) or (bool(self._waiting) and not self._settled)
+        return bool(self._running or self._batch or (self._waiting and not self._settled))
 
     def step(self) -> tuple[EngineEvent, ...]:
-        plan = plan_step(
-            [Running(s.key, len(s.tokens), s.num_computed, len(s.table)) for s in self._running],
-            self._waiting_views(),
-            available_blocks=self._pool.num_available,
-            holding=len(self._requests) - len(self._running) - len(self._waiting),
-            limits=self._limits,
-        )
-        events: list[EngineEvent] = []
-        for key in plan.preempt:
-            self._preempt(self._requests[key])
-            events.append(Preempted(key))
-        for key in plan.admit:
-            if not self._admit(self._requests[key], events):
-                break
-        batch = []
-        for key, count in plan.chunks:
-            state = self._requests[key]
-            if state.stage is Stage.RUNNING and self._grow(state, state.num_computed + count):
-                batch.append((state, count))
-        self._settled = not (plan.preempt or plan.admit or batch)
-        if batch:
-            self._compute(batch, events)
-        return tuple(events)
+        if not self._batch:
+            events = self._prepare()
+            if events:
+                # Told before the batch is computed: a reservation starts another worker's work.
+                return tuple(events)
+        return tuple(self._compute())
 
     def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
         state = self._requests.get(key)
@@ -220,6 +205,29 @@ class PagedEngine:
             assert s.num_computed <= len(s.tokens)
             assert s.stage is not Stage.WAITING or not s.table
 
+    def _prepare(self) -> list[EngineEvent]:
+        """Plans a step and gives out its blocks; what is to be computed is left in `_batch`."""
+        plan = plan_step(
+            [Running(s.key, len(s.tokens), s.num_computed, len(s.table)) for s in self._running],
+            self._waiting_views(),
+            available_blocks=self._pool.num_available,
+            holding=len(self._requests) - len(self._running) - len(self._waiting),
+            limits=self._limits,
+        )
+        events: list[EngineEvent] = []
+        for key in plan.preempt:
+            self._preempt(self._requests[key])
+            events.append(Preempted(key))
+        for key in plan.admit:
+            if not self._admit(self._requests[key], events):
+                break
+        for key, count in plan.chunks:
+            state = self._requests[key]
+            if state.stage is Stage.RUNNING and self._grow(state, state.num_computed + count):
+                self._batch.append((state, count))
+        self._settled = not (plan.preempt or plan.admit or self._batch)
+        return events
+
     def _reserved(self, key: AttemptKey) -> RequestState:
         state = self._requests.get(key)
         if state is None or state.stage is not Stage.RESERVED:
@@ -296,7 +304,12 @@ class PagedEngine:
         state.num_published = 0
         self._settled = False
 
-    def _compute(self, batch: list[tuple[RequestState, int]], events: list[EngineEvent]) -> None:
+    def _compute(self) -> list[EngineEvent]:
+        batch = [(s, n) for s, n in self._batch if self._requests.get(s.key) is s]
+        self._batch.clear()
+        events: list[EngineEvent] = []
+        if not batch:
+            return events
         rows = [self._row(state, count) for state, count in batch]
         try:
             sampled: list[Sampled | BatonError | None] = [*self._runner.run(rows)]
@@ -313,6 +326,7 @@ class PagedEngine:
                 events.append(Progress(state.key, state.num_computed))
             else:
                 events.append(self._settle(state, result))
+        return events
 
     def _run_alone(self, row: BatchRow) -> Sampled | BatonError | None:
         """One row's failure is that row's: the others are computed again without it. Writing the same KV twice is harmless."""
