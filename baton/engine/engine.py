@@ -10,7 +10,6 @@ returns after the plan, and the next call runs it. The engine keeps the books, s
 Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors are the runner's business.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from baton.engine.base import (
@@ -28,6 +27,7 @@ from baton.engine.base import (
 )
 from baton.engine.batch import BatchRow, Runner, Sampled, SampleInput
 from baton.engine.request import RequestState, Stage
+from baton.engine.tables import BlockTables
 from baton.errors import (
     AlreadyExistsError,
     BatonError,
@@ -35,9 +35,8 @@ from baton.errors import (
     InvalidRequestError,
     PreconditionError,
 )
-from baton.kv.blocks import BlockPool, blocks_for
-from baton.kv.prefix import ROOT
-from baton.scheduling.plan import Limits, Running, Waiting, plan_step
+from baton.kv.blocks import BlockPool
+from baton.scheduling.plan import Limits, Running, plan_step
 from baton.types import AttemptKey, PrefixDelta, WorkerLoad
 
 
@@ -64,9 +63,9 @@ class PagedEngine:
             max_running=max_running,
         )
         self._eos = frozenset(info.eos_token_ids)
-        self._prefix_cache = prefix_cache and kv_cache
         self._kv_cache = kv_cache
         self._pool = BlockPool(info.num_blocks, info.block_size_tokens)
+        self._tables = BlockTables(self._pool, prefix_cache=prefix_cache and kv_cache)
         self._requests: dict[AttemptKey, RequestState] = {}
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []
@@ -149,7 +148,7 @@ class PagedEngine:
             )
         self._runner.write_kv(state.table, first, kv)
         state.num_computed = last
-        self._publish(state)
+        self._tables.publish(state)
 
     def start_decode(self, key: AttemptKey, first_token: int) -> None:
         state = self._reserved(key)
@@ -209,7 +208,7 @@ class PagedEngine:
         """Plans a step and gives out its blocks; what is to be computed is left in `_batch`."""
         plan = plan_step(
             [Running(s.key, len(s.tokens), s.num_computed, len(s.table)) for s in self._running],
-            self._waiting_views(),
+            map(self._tables.waiting_view, self._waiting),
             available_blocks=self._pool.num_available,
             holding=len(self._requests) - len(self._running) - len(self._waiting),
             limits=self._limits,
@@ -223,7 +222,9 @@ class PagedEngine:
                 break
         for key, count in plan.chunks:
             state = self._requests[key]
-            if state.stage is Stage.RUNNING and self._grow(state, state.num_computed + count):
+            if state.stage is Stage.RUNNING and self._tables.grow(
+                state, state.num_computed + count
+            ):
                 self._batch.append((state, count))
         self._settled = not (plan.preempt or plan.admit or self._batch)
         return events
@@ -234,43 +235,11 @@ class PagedEngine:
             raise PreconditionError(f"no blocks are reserved for attempt {key}")
         return state
 
-    def _waiting_views(self) -> Iterator[Waiting]:
-        """Lazily: only the requests that the plan looks at have their prefixes looked up."""
-        for state in self._waiting:
-            matched = self._match(state)
-            total = blocks_for(self._tokens_to_reserve(state), self._info.block_size_tokens)
-            yield Waiting(
-                key=state.key,
-                num_tokens=len(state.tokens),
-                num_cached=len(matched) * self._info.block_size_tokens,
-                num_blocks=total - len(matched) + self._pool.num_unheld(matched),
-                computes=not state.awaits_import,
-            )
-
-    def _match(self, state: RequestState) -> list[int]:
-        """Cached blocks of the sequence, short of its last token: that one's logits are needed."""
-        if not self._prefix_cache:
-            return []
-        full = (len(state.tokens) - 1) // self._info.block_size_tokens
-        return self._pool.match(state.hashes(full), state.tokens)
-
-    def _tokens_to_reserve(self, state: RequestState) -> int:
-        # A sequence whose KV is imported goes on with one more token at once.
-        return len(state.tokens) + (1 if state.awaits_import else 0)
-
     def _admit(self, state: RequestState, events: list[EngineEvent]) -> bool:
-        matched = self._match(state)
-        self._pool.hold(matched)
-        total = blocks_for(self._tokens_to_reserve(state), self._info.block_size_tokens)
-        fresh = self._pool.allocate(total - len(matched))
-        if fresh is None:
+        if not self._tables.fill(state):
             # An admission before this one evicted part of the prefix that the plan counted on.
-            self._pool.free(matched)
             return False
         self._waiting.remove(state)
-        state.table = matched + fresh
-        state.num_computed = len(matched) * self._info.block_size_tokens
-        state.num_published = len(matched)
         if state.awaits_import:
             state.stage = Stage.RESERVED
             events.append(Reserved(state.key, state.num_computed))
@@ -282,15 +251,6 @@ class PagedEngine:
             events.append(Started(state.key, state.num_computed))
         return True
 
-    def _grow(self, state: RequestState, num_tokens: int) -> bool:
-        missing = blocks_for(num_tokens, self._info.block_size_tokens) - len(state.table)
-        if missing > 0:
-            blocks = self._pool.allocate(missing)
-            if blocks is None:
-                return False
-            state.table += blocks
-        return True
-
     def _preempt(self, state: RequestState) -> None:
         self._running.remove(state)
         self._give_back(state)
@@ -298,10 +258,7 @@ class PagedEngine:
         self._waiting.insert(0, state)
 
     def _give_back(self, state: RequestState) -> None:
-        self._pool.free(state.table)
-        state.table = []
-        state.num_computed = 0
-        state.num_published = 0
+        self._tables.give_back(state)
         self._settled = False
 
     def _compute(self) -> list[EngineEvent]:
@@ -321,7 +278,7 @@ class PagedEngine:
                 self.release(state.key)
                 continue
             state.num_computed += count
-            self._publish(state)
+            self._tables.publish(state)
             if result is None:
                 events.append(Progress(state.key, state.num_computed))
             else:
@@ -357,14 +314,3 @@ class PagedEngine:
         elif not self._kv_cache:
             state.num_computed = 0
         return Token(state.key, index, sampled.token_id, sampled.logprobs, finish)
-
-    def _publish(self, state: RequestState) -> None:
-        """Makes the blocks that are now full of computed tokens reusable."""
-        if not self._prefix_cache:
-            return
-        full = state.num_computed // self._info.block_size_tokens
-        hashes = state.hashes(full)
-        for index in range(state.num_published, full):
-            parent = hashes[index - 1] if index else ROOT
-            self._pool.publish(state.table[index], hashes[index], parent, state.block_tokens(index))
-        state.num_published = max(state.num_published, full)
