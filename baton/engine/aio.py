@@ -265,6 +265,7 @@ class AsyncEngine:
                     return
                 command(engine, results)
                 wait = False
+                del command  # its buffers are not kept while idle
             events: tuple[EngineEvent, ...] = ()
             if engine.has_work():
                 self._busy_since_s = time.monotonic()

@@ -1,0 +1,76 @@
+"""The gRPC server that every Baton process runs: grpc.aio with health, reflection, limits, keepalive and typed errors.
+
+All methods are called on the process's event loop. Health starts as NOT_SERVING for every service and is set by the owner;
+"" speaks for the process itself: it serves from `start` to `stop`, and also while a service drains.
+"""
+
+from collections.abc import Callable, Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.errors import UnavailableError
+from baton.service.health import HealthServicer
+from baton.service.interceptors import ErrorInterceptor
+from baton.service.settings import ServerSettings
+
+
+class GrpcServer:
+    """Servicers are added through `register`; then `start`, health by `set_serving`, and `stop`."""
+
+    def __init__(self, settings: ServerSettings, services: Iterable[str]) -> None:
+        """`services` are the full names of the services that will be registered."""
+        self._settings = settings
+        self._services = tuple(services)
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=_server_options(settings),
+        )
+        self._health = HealthServicer()
+        self.port = 0
+        """The bound port, once started."""
+
+    def register(self, add: Callable[[grpc.aio.Server], None]) -> None:
+        """Calls `add` with the server, to add a servicer. Before `start` only."""
+        add(self._server)
+
+    async def start(self) -> int:
+        """Binds and serves; returns the port. Raises `UnavailableError` where the address cannot be bound."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self.set_serving(serving=False)
+        if self._settings.reflection:
+            names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        address = f"{self._settings.host}:{self._settings.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise UnavailableError(f"cannot listen on {address}: is the port taken?") from None
+        await self._server.start()
+        return self.port
+
+    async def set_serving(self, *, serving: bool, alive: bool = True) -> None:
+        """`serving` is the health of the named services, `alive` that of the process ("")."""
+        self._health.set({"": alive} | dict.fromkeys(self._services, serving))
+
+    async def stop(self, grace_s: float) -> None:
+        """Health turns NOT_SERVING for good, new calls are refused, running ones are cancelled after the grace. Idempotent."""
+        self._health.finish()
+        await self._server.stop(grace_s)
+
+
+def _server_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    return [
+        # Two processes on one port would share its connections at random.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 500)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        (
+            "grpc.http2.min_ping_interval_without_data_ms",
+            round(settings.min_client_ping_s * 1000),
+        ),
+    ]

@@ -1,0 +1,139 @@
+"""What an operator can set: frozen groups, one per kind of process, with every default in one place.
+
+`from_env` reads `BATON_<FIELD>` (upper case) for any field and is called by the `__main__`s only; a value given on the command
+line wins. Lists are comma-separated, booleans are `true` or `false`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Self, get_type_hints
+
+from baton.errors import FieldViolation, InvalidRequestError
+
+ENV_PREFIX = "BATON_"
+
+
+class LogFormat(Enum):
+    """How log lines look."""
+
+    PLAIN = "plain"
+    JSON = "json"
+
+
+class LogLevel(Enum):
+    """The least severe lines that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What every process that serves gRPC has."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all interfaces."""
+    port: int = 0
+    """0 takes any free port."""
+    metrics_port: int = 0
+    """Prometheus HTTP port; 0 takes any free port."""
+    max_message_bytes: int = 4 * 1024 * 1024
+    """Largest gRPC message accepted; larger ones get RESOURCE_EXHAUSTED. KV never travels in one."""
+    keepalive_s: float = 20.0
+    """A peer that answers no HTTP/2 ping sent this often is taken for dead, and its calls are cancelled."""
+    min_client_ping_s: float = 5.0
+    """Clients may ping this often, with or without a call, and are not turned away for it."""
+    drain_grace_s: float = 30.0
+    """How long running requests may go on after SIGTERM."""
+    default_timeout_s: float = 600.0
+    """Bounds calls that arrive without a deadline."""
+    reflection: bool = True
+    """Serve gRPC reflection."""
+    log_format: LogFormat = LogFormat.PLAIN
+    log_level: LogLevel = LogLevel.INFO
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], **overrides: object) -> Self:
+        """Settings from the environment; overrides that are not None win. Raises `InvalidRequestError` naming the variable."""
+        values: dict[str, object] = {}
+        hints = get_type_hints(cls)
+        for each in fields(cls):
+            given = overrides.pop(each.name, None)
+            variable = ENV_PREFIX + each.name.upper()
+            if given is not None:
+                values[each.name] = given
+            elif variable in environ:
+                values[each.name] = _parse(variable, environ[variable], hints[each.name])
+        if overrides:
+            raise TypeError(f"no such settings: {sorted(overrides)}")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings(ServerSettings):
+    """A prefill or decode worker."""
+
+    routers: tuple[str, ...] = ()
+    """host:port of every router to join."""
+    worker_id: str = ""
+    """Empty: made from the role, the host name and random letters."""
+    advertise_host: str = ""
+    """Host that routers reach this worker at; empty: `host`, or the machine's name where `host` is a wildcard."""
+    transfer_address: str = ""
+    """Where the transfer layer finds this worker; empty: the worker id."""
+    handoff_timeout_s: float = 30.0
+    """How long prefill holds finished KV for decode to pull, and decode waits for a pull."""
+    max_pull_bytes: int = 64 * 1024 * 1024
+    """KV is pulled in pieces of at most this size."""
+    kv_credit_bytes: int = 256 * 1024 * 1024
+    """KV bytes that a decode worker has in flight at most."""
+    stall_limit_s: float = 30.0
+    """Health turns NOT_SERVING when the engine has had work for so long without completing a step."""
+    rejoin_backoff_s: float = 0.2
+    """First pause before joining a lost router again; doubles up to 5 s, with jitter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings(ServerSettings):
+    """The router."""
+
+    model: str = ""
+    """Checkpoint directory or hub id whose tokenizer and chat template are served; empty: tokens are bytes, for simulated engines."""
+    model_name: str = ""
+    """What clients call the model; workers of another are refused. Empty: what the first worker calls it."""
+    port: int = 50051
+    heartbeat_s: float = 0.5
+    """How often workers are asked to report."""
+    lease_s: float = 3.0
+    """A worker that was silent for so long is out of the fleet."""
+    max_running: int = 256
+    """Requests served at once."""
+    max_queued: int = 1024
+    """Requests that wait for their turn; one more gets RESOURCE_EXHAUSTED."""
+    max_attempts: int = 4
+    """Attempts in a row that may fail without a new token before the request fails."""
+    worker_wait_s: float = 10.0
+    """How long a request waits for a worker that can take it."""
+    write_stall_s: float = 30.0
+    """A client that does not read for so long loses its request."""
+    local_prefill_tokens: int = 32
+    """Prompts of which decode lacks at most so many tokens are computed by decode itself; 0 never."""
+
+
+def _parse(variable: str, text: str, kind: object) -> object:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        if kind in (int, float, str):
+            assert isinstance(kind, type)
+            return kind(text)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return kind(text.strip().lower())
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    except (ValueError, KeyError):
+        raise InvalidRequestError(
+            FieldViolation(variable, f"{text!r} is not a valid value")
+        ) from None

@@ -1,0 +1,184 @@
+"""A worker as a named Ray actor: its process, and the handle by which whoever started it watches and ends it.
+
+The actor's event loop serves gRPC and Ray calls alike and never blocks; the engine, and with it torch, is imported and run on the
+engine's thread. Actors are never restarted by Ray: a worker that comes back under an old name would be taken for the one that died.
+Failures cross as values, since an exception of ours does not survive pickling with its fields.
+"""
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from baton.engine.aio import AsyncEngine
+from baton.engine.base import Engine
+from baton.engine.config import EngineConfig
+from baton.engine.sim import SimConfig, build_sim_engine
+from baton.errors import BatonError, InternalError, UnavailableError
+from baton.service import logging as service_logging
+from baton.service.settings import WorkerSettings
+from baton.service.status import error_from_status_bytes, to_status
+from baton.service.worker_host import WorkerHost
+from baton.types import WorkerInfo
+
+MAX_CALLS = 4096
+"""At once, on one actor: every attempt that waits for its KV is one."""
+LINGER_S = 0.25
+"""Ray still stores the answer to the last pull when that call has returned here."""
+
+
+class Worker(Protocol):
+    """A prefill or a decode worker."""
+
+    host: WorkerHost
+
+    async def start(self) -> WorkerInfo: ...
+
+    async def drain(self, grace_s: float) -> bool: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorConfig:
+    """What an actor needs to build its worker; crosses to its process by pickle."""
+
+    settings: WorkerSettings
+    """`worker_id` is set: it names the actor."""
+    engine: EngineConfig | SimConfig
+    namespace: str
+    num_gpus: float = 0.0
+    """Share of a GPU that Ray reserves; an actor without one sees no GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailure:
+    """Why a worker did not start."""
+
+    status: bytes
+    """A serialized `google.rpc.Status`."""
+
+
+class WorkerActor:
+    """Base of the actors. Every method is called by Ray, on the actor's event loop."""
+
+    def __init__(self, config: ActorConfig, worker: Worker) -> None:
+        service_logging.configure(config.settings, sys.stderr, os.environ)
+        self._worker = worker
+
+    async def start(self) -> WorkerInfo | StartFailure:
+        """Loads the model and serves."""
+        try:
+            return await self._worker.start()
+        except BatonError as error:
+            return StartFailure(to_status(error).SerializeToString())
+
+    async def failed(self) -> None:
+        """Returns once the engine has failed for good. Held open by the starter, it doubles as a death watch."""
+        await self._worker.host.failed()
+
+    async def drain(self, grace_s: float) -> bool:
+        """See `WorkerHost.drain`."""
+        ended = await self._worker.drain(grace_s)
+        await asyncio.sleep(LINGER_S)
+        return ended
+
+    async def stop(self) -> None:
+        await self._worker.stop()
+
+
+class RunningWorker:
+    """The starter's handle on an actor. Used on the starter's event loop, in the process that is connected to Ray."""
+
+    def __init__(self, handle: ActorHandle[Any], info: WorkerInfo) -> None:
+        self._handle = handle
+        self.info = info
+
+    async def ended(self) -> BatonError:
+        """Waits until the worker is of no more use, and says why."""
+        try:
+            await self._handle.failed.remote()
+        except RayActorError:
+            return UnavailableError(f"worker {self.info.worker_id} died (pid {self.info.pid})")
+        except RayError as error:
+            return UnavailableError(f"lost sight of worker {self.info.worker_id}: {error}")
+        return InternalError(f"the engine of worker {self.info.worker_id} failed; see its log")
+
+    async def drain(self, grace_s: float) -> bool:
+        """Whether everything that ran ended by itself. A worker that is dead has nothing to drain."""
+        try:
+            return bool(await self._handle.drain.remote(grace_s))
+        except RayError:
+            return False
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """Stops the worker, and makes sure that its process is gone."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._handle.stop.remote()
+        except (RayError, TimeoutError):
+            pass
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """At once. Idempotent."""
+        ray.kill(self._handle)
+
+
+async def launch(actor: type[WorkerActor], config: ActorConfig) -> RunningWorker:
+    """Starts an actor on this node and waits until it serves. Raises what keeps it from starting (`ModelLoadError`,
+    `UnavailableError`); then no actor is left. Precondition: connected to Ray.
+    """
+    handle: Any = None
+    try:
+        handle = _create(actor, config)
+        answer = await handle.start.remote()
+    except RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise UnavailableError(
+            f"worker {config.settings.worker_id} did not start: {reason}"
+        ) from error
+    except asyncio.CancelledError:
+        ray.kill(handle)
+        raise
+    if isinstance(answer, StartFailure):
+        ray.kill(handle)
+        raise error_from_status_bytes(answer.status)
+    assert isinstance(answer, WorkerInfo)
+    return RunningWorker(handle, answer)
+
+
+def _create(actor: type[WorkerActor], config: ActorConfig) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = ray.remote(actor).options(
+        name=config.settings.worker_id,
+        namespace=config.namespace,
+        num_cpus=0,
+        num_gpus=config.num_gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=MAX_CALLS,
+        scheduling_strategy=here,
+    )
+    return options.remote(config)
+
+
+def async_engine(config: EngineConfig | SimConfig, *, name: str) -> AsyncEngine:
+    """The engine that a configuration describes, not yet built."""
+    return AsyncEngine(lambda: build_engine(config), name=name)
+
+
+def build_engine(config: EngineConfig | SimConfig) -> Engine:
+    """Called on the engine's thread. Raises `ModelLoadError`."""
+    if isinstance(config, SimConfig):
+        return build_sim_engine(config)
+    from baton.engine.build import build_torch_engine  # noqa: PLC0415 - torch loads on this thread
+
+    return build_torch_engine(config)

@@ -1,0 +1,1 @@
+"""The decode worker: takes KV caches and generates tokens."""

@@ -1,0 +1,225 @@
+"""Takes prompts' KV from prefill workers, or computes it here, and generates.
+
+Runs on the worker's event loop; the engine has a thread of its own. A Decode call is the lease on its blocks, on its byte credit
+and on the buffer being pulled: leaving the call's contexts, in any way, gives all of them back.
+
+    with a source      reserve ▶ Reserved ▶ ready … pull, import … ▶ KvReceived ▶ tokens ▶ Finished
+    without            queue   ▶ Reserved ▶ compute the prompt     ▶ KvReceived ▶ tokens ▶ Finished
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from baton.codec import chunk_of_tokens
+from baton.engine.base import (
+    EngineEvent,
+    EngineRequest,
+    Mode,
+    Preempted,
+    Reserved,
+    Started,
+    Token,
+)
+from baton.errors import BatonError, CancelledError, InternalError, PreconditionError
+from baton.service.groups import first_error
+from baton.service.worker_host import WorkerHost
+from baton.transfer.base import KVTransport, PullRequest
+from baton.transfer.layout import split_range
+from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
+from decode_worker.events import EventReader
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeJob:
+    """One Decode call."""
+
+    key: AttemptKey
+    sequence: Sequence
+    source: str | None
+    """Transfer address of the prefill worker; None computes the prompt here."""
+    digest: str
+    timeout_s: float
+    """What is left of the caller's deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobReserved:
+    """Blocks are held."""
+
+    queue_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobKvReceived:
+    """The prompt's KV is in the pool."""
+
+    kv_bytes: int
+    handoff_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobTokens:
+    """What the steps since the last event generated."""
+
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished:
+    """The last event."""
+
+    reason: FinishReason
+    preemptions: int
+
+
+JobEvent = JobReserved | JobKvReceived | JobTokens | JobFinished
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a job has come, by this process's monotonic clock."""
+
+    opened_s: float
+    reserved_s: float = 0.0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    has_kv: bool = False
+
+
+class Decoder:
+    """See the module docstring."""
+
+    def __init__(self, host: WorkerHost, transport: KVTransport) -> None:
+        self._host = host
+        self._engine = host.engine
+        self._transport = transport
+
+    async def run(self, job: DecodeJob) -> AsyncGenerator[JobEvent, None]:
+        """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
+        with self._host.call():
+            own = self._engine.info.spec.digest
+            if job.digest != own:
+                raise PreconditionError(f"this worker's KV digest is {own}, not {job.digest}")
+            progress = _Progress(opened_s=time.monotonic())
+            mode = Mode.LOCAL if job.source is None else Mode.DECODE
+            async with (
+                self._engine.open(EngineRequest(job.key, job.sequence, mode)) as batches,
+                EventReader(batches) as reader,
+            ):
+                async for batch in reader:
+                    if not progress.reserved_s:
+                        yield self._reserved(batch[0], progress)
+                        if job.source is not None:
+                            yield await self._take_kv(job, job.source, progress, reader)
+                    for told in self._tell(batch, job, progress):
+                        yield told
+
+    def _reserved(self, event: EngineEvent, progress: _Progress) -> JobReserved:
+        assert isinstance(event, Reserved | Started), event
+        progress.reserved_s = time.monotonic()
+        progress.cached_tokens = event.cached_tokens
+        queue_s = progress.reserved_s - progress.opened_s
+        self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
+        return JobReserved(queue_s, event.cached_tokens)
+
+    def _tell(
+        self, batch: tuple[EngineEvent, ...], job: DecodeJob, progress: _Progress
+    ) -> Iterator[JobEvent]:
+        for event in batch:
+            if isinstance(event, Preempted):
+                progress.preemptions += 1
+                self._host.metrics.record_preemption()
+        tokens = [event for event in batch if isinstance(event, Token)]
+        if not tokens:
+            return
+        if not progress.has_kv:
+            progress.has_kv = True
+            self._host.metrics.record_prefill(
+                time.monotonic() - progress.reserved_s,
+                computed_tokens=len(job.sequence) - progress.cached_tokens,
+            )
+            yield JobKvReceived(0, 0.0)
+        self._host.metrics.record_decode_tokens(len(tokens))
+        yield JobTokens(chunk_of_tokens(tokens))
+        finish = tokens[-1].finish
+        if finish is not None:
+            yield JobFinished(finish, progress.preemptions)
+
+    async def _take_kv(
+        self, job: DecodeJob, address: str, progress: _Progress, reader: EventReader
+    ) -> JobKvReceived:
+        """Brings the KV here and starts to generate. Ends at once where the engine gives the request up meanwhile."""
+        with self._failures_counted():
+            first_token, received = await _watched(self._transfer(job, address, progress), reader)
+            await self._engine.start_decode(job.key, first_token)
+        progress.has_kv = True
+        self._host.metrics.record_handoff(received.handoff_s, received.kv_bytes)
+        return received
+
+    @contextmanager
+    def _failures_counted(self) -> Iterator[None]:
+        reason = CancelledError.reason
+        try:
+            yield
+            reason = ""
+        except BatonError as error:
+            reason = error.reason
+            raise
+        finally:
+            if reason:
+                self._host.metrics.record_handoff_failure(reason)
+
+    async def _transfer(
+        self, job: DecodeJob, address: str, progress: _Progress
+    ) -> tuple[int, JobKvReceived]:
+        """Pulls and imports what the prefix cache did not hold; returns prefill's token too."""
+        spec = self._engine.info.spec
+        end_s = progress.opened_s + job.timeout_s
+        ready = await self._transport.ready(address, job.key, _left(end_s))
+        kv_bytes = 0
+        for first, last in split_range(
+            progress.cached_tokens,
+            len(job.sequence),
+            spec.token_bytes,
+            self._host.settings.max_pull_bytes,
+        ):
+            request = PullRequest(key=job.key, first=first, last=last, digest=spec.digest)
+            timeout_s = min(_left(end_s), self._host.settings.handoff_timeout_s)
+            async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
+                kv_bytes += kv.nbytes
+                try:
+                    await self._engine.import_kv(job.key, first, kv)
+                finally:
+                    del kv  # a traceback would hold the buffer after its credit is returned
+        handoff_s = max(0.0, time.time() - ready.done_unix_s)
+        return ready.first_token, JobKvReceived(kv_bytes, handoff_s)
+
+
+async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:
+    """The result of `work`, which is ended where the engine gives the request up first. No step runs for a request that waits for its
+    KV, so until then its end is all that the engine can tell.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(work)
+            watch: asyncio.Future[Any] = reader.pending()
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                watch.result()
+                task.cancel()
+    except ExceptionGroup as failures:
+        raise first_error(failures) from None
+    if task.cancelled():
+        raise InternalError("the engine went on without the KV")
+    return task.result()
+
+
+def _left(end_s: float) -> float:
+    return max(0.001, end_s - time.monotonic())

@@ -1,0 +1,35 @@
+"""The decode worker, put together: the same object inside a Ray actor, in one process with prefill, and in tests."""
+
+from baton.engine.aio import AsyncEngine
+from baton.service.settings import WorkerSettings
+from baton.service.worker_host import WorkerHost
+from baton.transfer.base import KVTransport
+from baton.types import Role, WorkerInfo
+from baton.v1 import decode_pb2_grpc
+from decode_worker.decoder import Decoder
+from decode_worker.servicer import DecodeServicer
+
+
+class DecodeWorker:
+    """Serves DecodeService; takes KV through the transport, which it closes when it stops."""
+
+    def __init__(
+        self, settings: WorkerSettings, engine: AsyncEngine, transport: KVTransport
+    ) -> None:
+        self.host = WorkerHost(settings, Role.DECODE, engine, service="baton.v1.DecodeService")
+        self._transport = transport
+
+    async def start(self) -> WorkerInfo:
+        """See `WorkerHost.start`."""
+        servicer = DecodeServicer(self.host, Decoder(self.host, self._transport))
+        return await self.host.start(
+            lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
+        )
+
+    async def drain(self, grace_s: float) -> bool:
+        """Refuses new calls; returns once the running ones have ended, or after the grace. See `WorkerHost.drain`."""
+        return await self.host.drain(grace_s)
+
+    async def stop(self) -> None:
+        await self.host.stop()
+        await self._transport.close()

@@ -1,0 +1,1 @@
+"""The prefill worker: computes prompts' KV caches and hands them over."""

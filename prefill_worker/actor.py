@@ -1,0 +1,28 @@
+"""The prefill worker as a Ray actor: `baton.worker.actor`, and the methods through which decode pulls KV."""
+
+import ray
+
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.transfer.endpoint import SourceEndpoint
+from baton.types import AttemptKey
+from baton.worker.actor import ActorConfig, WorkerActor, async_engine
+from prefill_worker.worker import PrefillWorker
+
+
+class PrefillActor(WorkerActor):
+    """Found by decode under its worker id."""
+
+    def __init__(self, config: ActorConfig) -> None:
+        engine = async_engine(config.engine, name="prefill")
+        worker = PrefillWorker(config.settings, engine)
+        super().__init__(config, worker)
+        self._source = SourceEndpoint(worker)
+
+    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        """See `KVSource.ready`."""
+        return await self._source.ready(key, timeout_s)
+
+    @ray.method(num_returns=2)
+    async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        """See `KVSource.pull`. Two return values, which the caller owns: the KV outlives this process."""
+        return await self._source.pull(request)

@@ -1,0 +1,227 @@
+"""Computes prompts and holds their KV until decode has pulled it.
+
+Runs on the worker's event loop; the engine has a thread of its own. A Prefill call is the lease on its attempt's blocks: whatever
+ends it (the last pull, an error, a cancellation, the handoff timeout) frees them. Pulls come from decode through the transfer
+layer and find the attempt by its key.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from baton.codec import chunk_of_tokens
+from baton.engine.base import (
+    EngineEvent,
+    EngineRequest,
+    Mode,
+    Preempted,
+    Progress,
+    Started,
+    Token,
+)
+from baton.errors import (
+    BatonError,
+    CancelledError,
+    DeadlineError,
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    PreconditionError,
+    UnavailableError,
+)
+from baton.service.worker_host import WorkerHost
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.transfer.layout import seal_off_loop
+from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
+from prefill_worker.handoffs import Handoff, Handoffs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillJob:
+    """One Prefill call."""
+
+    key: AttemptKey
+    sequence: Sequence
+    skip_tokens: int
+    """Leading tokens whose KV decode already holds."""
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted:
+    """The engine began to compute."""
+
+    queue_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """A chunk is done, and more remain."""
+
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFirstToken:
+    """The prompt is done. With a finish reason, this is the last event."""
+
+    token: TokenChunk
+    finish: FinishReason | None
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobHanded:
+    """Decode has the KV."""
+
+    kv_bytes: int
+
+
+JobEvent = JobStarted | JobProgress | JobFirstToken | JobHanded
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a job has come, by this process's monotonic clock."""
+
+    opened_s: float
+    started_s: float = 0.0
+    cached_tokens: int = 0
+    finished: bool = False
+    """Whether the first token was the last."""
+
+
+class Prefiller:
+    """See the module docstring. Implements `baton.transfer.base.KVSource`."""
+
+    def __init__(self, host: WorkerHost) -> None:
+        self._host = host
+        self._engine = host.engine
+        self._handoffs = Handoffs()
+
+    async def run(self, job: PrefillJob) -> AsyncGenerator[JobEvent, None]:
+        """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
+        with self._host.call():
+            self._check(job)
+            progress = _Progress(opened_s=time.monotonic())
+            request = EngineRequest(job.key, job.sequence, Mode.PREFILL)
+            with self._handoffs.attempt(job.key, len(job.sequence)) as handoff:
+                async with self._engine.open(request) as batches:
+                    try:
+                        async for batch in batches:
+                            handoff.raise_if_ended()
+                            for event in batch:
+                                told = self._tell(event, job, progress, handoff)
+                                if told is not None:
+                                    yield told
+                            if isinstance(batch[-1], Token):
+                                break
+                    except InternalError:
+                        # Where the attempt was released, that is the reason, not what the engine makes of it.
+                        handoff.raise_if_ended()
+                        raise
+                    if not progress.finished:
+                        yield await self._hand_over(job, handoff)
+
+    async def release(self, key: AttemptKey) -> bool:
+        """Ends the attempt's call, if it is here, and whatever waits for it. Idempotent."""
+        error = CancelledError(f"attempt {key} was released")
+        self._handoffs.refuse_expected(error, key)
+        handoff = self._handoffs.find(key)
+        if handoff is not None:
+            handoff.end(error)
+        return await self._engine.release(key)
+
+    def refuse_new(self) -> None:
+        """The worker drains: decode need not wait for attempts that will not be taken."""
+        self._handoffs.refuse_expected(UnavailableError("the prefill worker is draining"))
+
+    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        try:
+            if self._host.draining and self._handoffs.find(key) is None:
+                raise UnavailableError("the prefill worker is draining")
+            async with asyncio.timeout(timeout_s):
+                handoff = await self._handoffs.arrival(key)
+                return await handoff.outcome()
+        except TimeoutError:
+            error: BatonError = DeadlineError("prefill")
+        except BatonError as refusal:
+            error = refusal
+        return Refused(error.reason, error.message)
+
+    async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        try:
+            handoff = self._handoffs.find(request.key)
+            if handoff is None:
+                raise PreconditionError(f"no KV is held for attempt {request.key}")
+            self._check_digest(request.digest)
+            with handoff.pulling(request.first, request.last):
+                kv = await self._engine.export_kv(request.key, request.first, request.last)
+                meta = await seal_off_loop(request, self._engine.info.spec, kv)
+                handoff.kv_bytes += kv.nbytes
+                return meta, kv
+        except BatonError as error:
+            self._host.metrics.record_handoff_failure(error.reason)
+            return Refused(error.reason, error.message), None
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance."""
+        self._handoffs.check_integrity()
+
+    def _check(self, job: PrefillJob) -> None:
+        self._check_digest(job.digest)
+        if job.skip_tokens > len(job.sequence):
+            raise InvalidRequestError(
+                FieldViolation(
+                    "skip_tokens", f"is more than the {len(job.sequence)} tokens there are"
+                )
+            )
+
+    def _check_digest(self, digest: str) -> None:
+        own = self._engine.info.spec.digest
+        if digest != own:
+            raise PreconditionError(f"this worker's KV digest is {own}, not {digest}")
+
+    def _tell(
+        self, event: EngineEvent, job: PrefillJob, progress: _Progress, handoff: Handoff
+    ) -> JobEvent | None:
+        now_s = time.monotonic()
+        if isinstance(event, Started):
+            progress.started_s = now_s
+            progress.cached_tokens = event.cached_tokens
+            queue_s = now_s - progress.opened_s
+            self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
+            return JobStarted(queue_s, event.cached_tokens)
+        if isinstance(event, Progress):
+            return JobProgress(event.computed_tokens)
+        if isinstance(event, Token):
+            prefill_s = now_s - progress.started_s
+            computed = len(job.sequence) - progress.cached_tokens
+            self._host.metrics.record_prefill(prefill_s, computed_tokens=computed)
+            progress.finished = event.finish is not None
+            if progress.finished:
+                handoff.end(PreconditionError("the first token ended the request"))
+            else:
+                handoff.computed(Ready(event.token_id, time.time()))
+            return JobFirstToken(chunk_of_tokens([event]), event.finish, prefill_s)
+        if isinstance(event, Preempted):
+            self._host.metrics.record_preemption()
+        return None
+
+    async def _hand_over(self, job: PrefillJob, handoff: Handoff) -> JobHanded:
+        """Holds the blocks until decode has pulled what it lacks."""
+        since_s = time.monotonic()
+        try:
+            if job.skip_tokens < len(job.sequence):
+                async with asyncio.timeout(self._host.settings.handoff_timeout_s):
+                    await handoff.wait_handed()
+        except TimeoutError:
+            self._host.metrics.record_handoff_failure(DeadlineError.reason)
+            raise DeadlineError("handoff") from None
+        except (asyncio.CancelledError, CancelledError):
+            self._host.metrics.record_handoff_failure(CancelledError.reason)
+            raise
+        self._host.metrics.record_handoff(time.monotonic() - since_s, handoff.kv_bytes)
+        return JobHanded(handoff.kv_bytes)

@@ -1,0 +1,44 @@
+"""The prefill worker, put together: the same object inside a Ray actor, in one process with decode, and in tests."""
+
+from baton.engine.aio import AsyncEngine
+from baton.service.settings import WorkerSettings
+from baton.service.worker_host import WorkerHost
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.types import AttemptKey, Role, WorkerInfo
+from baton.v1 import prefill_pb2_grpc
+from prefill_worker.prefiller import Prefiller
+from prefill_worker.servicer import PrefillServicer
+
+
+class PrefillWorker:
+    """Serves PrefillService, and is the `baton.transfer.base.KVSource` that decode pulls from."""
+
+    def __init__(self, settings: WorkerSettings, engine: AsyncEngine) -> None:
+        self.host = WorkerHost(settings, Role.PREFILL, engine, service="baton.v1.PrefillService")
+        self._prefiller = Prefiller(self.host)
+
+    async def start(self) -> WorkerInfo:
+        """See `WorkerHost.start`."""
+        servicer = PrefillServicer(self.host, self._prefiller)
+        return await self.host.start(
+            lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
+        )
+
+    async def drain(self, grace_s: float) -> bool:
+        """Refuses new calls; returns once the KV of all running ones was pulled, or after the grace. See `WorkerHost.drain`."""
+        self.host.refuse_calls()
+        self._prefiller.refuse_new()
+        return await self.host.drain(grace_s)
+
+    async def stop(self) -> None:
+        await self.host.stop()
+
+    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        return await self._prefiller.ready(key, timeout_s)
+
+    async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        return await self._prefiller.pull(request)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance."""
+        self._prefiller.check_integrity()

@@ -1,0 +1,111 @@
+"""`python -m prefill_worker` and `python -m decode_worker`: flags, and the life of the process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import baton
+from baton.errors import InvalidRequestError
+from baton.types import Role
+from baton.worker.command import parse
+
+TALES = str(Path(baton.__file__).parent / "models" / "tales")
+
+
+def test_flags_win_over_the_environment_which_wins_over_defaults() -> None:
+    command = parse(
+        Role.DECODE,
+        ["--model", "m", "--routers", "a:1,b:2", "--port", "5", "--dtype", "float32"],
+        {"BATON_PORT": "6", "BATON_METRICS_PORT": "7", "RAY_ADDRESS": "head:6379"},
+    )
+    assert (command.settings.port, command.settings.metrics_port) == (5, 7)
+    assert command.settings.routers == ("a:1", "b:2")
+    assert command.ray_address == "head:6379"
+    assert (command.engine.model, command.engine.dtype) == ("m", "float32")
+    assert command.settings.worker_id.startswith("decode-")
+    assert command.num_gpus == 0
+
+
+def test_a_gpu_worker_asks_ray_for_a_gpu() -> None:
+    assert parse(Role.PREFILL, ["--model", "m", "--device", "cuda"], {}).num_gpus == 1
+
+
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match="BATON_PORT"):
+        parse(Role.PREFILL, ["--model", "m"], {"BATON_PORT": "x"})
+
+
+@contextmanager
+def started(role: Role, log: Path, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", f"{role.value}_worker", "--ray-address", "local", *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(20)
+
+
+def wait_for(log: Path, pattern: str, process: "subprocess.Popen[bytes]") -> Sequence[str]:
+    end_s = time.monotonic() + 40
+    while not (found := re.search(pattern, log.read_text())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end_s, log.read_text()
+        time.sleep(0.05)
+    return found.groups()
+
+
+BANNER = r"serves tales at (\S+) \(cpu, .*pid (\d+);"
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(Role.PREFILL, log, "--model", TALES) as process:
+        address, _ = wait_for(log, BANNER, process)
+        with grpc.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service="baton.v1.PrefillService")
+            answer = stub.Check(request, timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+    assert "draining" in log.read_text()
+    assert log.read_text().endswith("stopped\n")
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_the_command_ends_when_its_worker_dies(tmp_path: Path) -> None:
+    """An orchestrator learns of a dead worker from the exit code, and starts another."""
+    log = tmp_path / "log"
+    with started(Role.DECODE, log, "--model", TALES) as process:
+        _, pid = wait_for(log, BANNER, process)
+        os.kill(int(pid), signal.SIGKILL)
+        assert process.wait(20) == 1
+    assert f"died (pid {pid})" in log.read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_model_that_cannot_be_loaded_is_named_on_exit(tmp_path: Path) -> None:
+    log, model = tmp_path / "log", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{")
+    with started(Role.DECODE, log, "--model", str(model)) as process:
+        assert process.wait(40) == 1
+    assert "config.json" in log.read_text()
+    assert "Traceback" not in log.read_text()

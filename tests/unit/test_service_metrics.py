@@ -1,0 +1,154 @@
+"""What is exported: names, units, labels, and that the figures are right."""
+
+import re
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from baton.errors import CapacityError, UnavailableError
+from baton.lifecycle import Event, Timeline
+from baton.service.metrics import MetricsServer, RouterMetrics, WorkerMetrics, outcome_of
+from baton.types import Role, WorkerLoad
+
+LABELS = {"outcome", "reason", "role", "state", "le"}
+
+
+def exposition(metrics: MetricsServer) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def value(metrics: MetricsServer, name: str, **labels: str) -> float:
+    found = metrics.registry.get_sample_value(name, labels)
+    assert found is not None, f"{name}{labels}\n{exposition(metrics)}"
+    return found
+
+
+def router() -> RouterMetrics:
+    metrics = RouterMetrics()
+    timeline = Timeline(received_s=100.0)
+    for event, at_s in {
+        Event.PLACED: 100.25,
+        Event.FIRST_TOKEN: 100.5,
+        Event.LAST_TOKEN: 102.5,
+        Event.FINISHED: 103.0,
+    }.items():
+        timeline.record(event, at_s)
+    metrics.record_request(timeline, None, prompt_tokens=10, cached_tokens=4, completion_tokens=5)
+    metrics.record_attempt(None)
+    metrics.record_attempt(UnavailableError("gone"))
+    metrics.record_handoff(0.01, 4096)
+    metrics.record_prefill(0.02)
+    metrics.record_token_gap(0.003)
+    metrics.set_workers({(Role.DECODE, "ready"): 2})
+    return metrics
+
+
+def worker() -> WorkerMetrics:
+    metrics = WorkerMetrics(Role.PREFILL)
+    load = WorkerLoad(free_blocks=3, cached_blocks=2, used_blocks=1, running_requests=1)
+    metrics.watch(lambda: load, lambda: 0.5)
+    metrics.record_call("ok")
+    metrics.record_queue(0.001, hit_tokens=16)
+    metrics.record_prefill(0.1, computed_tokens=84)
+    metrics.record_decode_tokens(3)
+    metrics.record_preemption()
+    metrics.record_handoff(0.02, 1024)
+    metrics.record_handoff_failure(CapacityError.reason)
+    return metrics
+
+
+def test_a_requests_stages_are_timed_by_its_lifecycle() -> None:
+    metrics = router()
+    for stage, seconds in {
+        "queue": 0.25,
+        "time_to_first_token": 0.5,
+        "time_per_output_token": 0.5,
+        "request": 3.0,
+        "prefill": 0.02,
+        "handoff": 0.01,
+        "inter_token_latency": 0.003,
+    }.items():
+        assert value(metrics, f"baton_{stage}_seconds_sum") == pytest.approx(seconds)
+        assert value(metrics, f"baton_{stage}_seconds_count") == 1
+    assert value(metrics, "baton_requests_total", outcome="ok") == 1
+    assert value(metrics, "baton_prompt_tokens_total") == 10
+    assert value(metrics, "baton_cached_tokens_total") == 4
+    assert value(metrics, "baton_completion_tokens_total") == 5
+    assert value(metrics, "baton_attempts_total", outcome="failed", reason="unavailable") == 1
+    assert value(metrics, "baton_handoff_bytes_total") == 4096
+
+
+def test_a_failed_request_counts_by_its_reason() -> None:
+    metrics = RouterMetrics()
+    metrics.record_request(
+        Timeline(received_s=0.0),
+        CapacityError("full"),
+        prompt_tokens=10,
+        cached_tokens=0,
+        completion_tokens=0,
+    )
+    assert value(metrics, "baton_requests_total", outcome="no_capacity") == 1
+    assert value(metrics, "baton_request_seconds_count") == 0
+
+
+def test_workers_that_left_are_no_longer_counted() -> None:
+    metrics = router()
+    metrics.set_workers({(Role.PREFILL, "ready"): 1})
+    assert value(metrics, "baton_workers", role="prefill", state="ready") == 1
+    assert 'role="decode"' not in exposition(metrics)
+
+
+def test_a_workers_series_carry_its_role() -> None:
+    metrics = worker()
+    role = "prefill"
+    assert value(metrics, "baton_worker_kv_blocks", role=role, state="free") == 3
+    assert value(metrics, "baton_worker_running_requests", role=role) == 1
+    assert value(metrics, "baton_worker_engine_stalled_seconds", role=role) == 0.5
+    assert value(metrics, "baton_worker_prefill_tokens_total", role=role) == 84
+    assert value(metrics, "baton_worker_prefix_cache_hit_tokens_total", role=role) == 16
+    assert (
+        value(metrics, "baton_worker_handoff_failures_total", role=role, reason="no_capacity") == 1
+    )
+
+
+@pytest.mark.parametrize("metrics", [router(), worker()], ids=["router", "worker"])
+def test_names_and_labels_follow_the_conventions(metrics: MetricsServer) -> None:
+    """Counters end in _total, durations and sizes in their base unit, no label holds an id."""
+    families = [
+        family
+        for family in text_string_to_metric_families(exposition(metrics))
+        if not family.name.startswith("process_") and not family.name.endswith("_created")
+    ]
+    assert len(families) > 10
+    for family in families:
+        assert re.fullmatch(r"baton_[a-z]+(_[a-z]+)*", family.name), family.name
+        assert family.documentation
+        assert not re.search("_(ms|millis|kb|mb|total)$", family.name)
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        for sample in family.samples:
+            assert set(sample.labels) <= LABELS, sample
+            assert family.type != "counter" or sample.name.endswith(("_total", "_created"))
+
+
+def test_buckets_reach_down_to_a_millisecond() -> None:
+    assert value(router(), "baton_queue_seconds_bucket", le="0.001") == 0
+
+
+def test_the_port_serves_the_registry_and_is_free_again_afterwards() -> None:
+    first, second = router(), router()
+    port = first.serve("127.0.0.1", 0)
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        assert b"baton_requests_total" in answer.read()
+    with pytest.raises(UnavailableError, match=str(port)):
+        second.serve("127.0.0.1", port)
+    first.close()
+    first.close()
+    assert second.serve("127.0.0.1", port) == port
+    second.close()
+
+
+def test_outcomes_are_the_reasons_of_the_error_tree() -> None:
+    assert (outcome_of(None), outcome_of(CapacityError("x"))) == ("ok", "no_capacity")
