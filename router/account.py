@@ -1,0 +1,142 @@
+"""What is known of one request while it is served: the source of its client's last message, its metrics and its deadline error.
+
+Written by the request's own task on the router's event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from baton import codec
+from baton.errors import BatonError, CancelledError, DeadlineError, InternalError
+from baton.lifecycle import Event, Timeline
+from baton.service.metrics import RouterMetrics
+from baton.types import FinishReason
+from baton.v1 import inference_pb2 as pb
+from router.generation import Generation
+from router.outcome import AttemptStats
+from router.output import Output
+from router.validation import ValidRequest
+
+
+@dataclass(slots=True)
+class Account:
+    """See the module docstring. What is None has not come to be."""
+
+    timeline: Timeline
+    stage: str = "validation"
+    """What the request waits for until it is generating."""
+    request: ValidRequest | None = None
+    output: Output | None = None
+    generation: Generation | None = None
+
+    @property
+    def waits_for(self) -> str:
+        """The stage that a deadline would end."""
+        return self.stage if self.generation is None else self.generation.stage
+
+    @property
+    def prompt_tokens(self) -> int:
+        return 0 if self.request is None else len(self.request.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        cached = 0 if self.generation is None else self.generation.stats.cached_tokens
+        return min(self.prompt_tokens, cached)
+
+    @property
+    def completion_tokens(self) -> int:
+        return 0 if self.output is None else len(self.output.generated)
+
+    @asynccontextmanager
+    async def counted(self, metrics: RouterMetrics) -> AsyncIterator[None]:
+        """Counts the request when the context ends, whatever became of it."""
+        error: BatonError | None = None
+        try:
+            yield
+        except BatonError as failure:
+            error = failure
+            raise
+        except asyncio.CancelledError:
+            error = CancelledError("the client went away")
+            raise
+        except Exception:
+            error = InternalError("a bug")
+            raise
+        finally:
+            metrics.record_request(
+                self.timeline,
+                error,
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=self.cached_tokens,
+                completion_tokens=self.completion_tokens,
+            )
+
+    @asynccontextmanager
+    async def bounded(self, deadline_s: float) -> AsyncIterator[None]:
+        """Ends the context at the deadline, on the monotonic clock, with a `DeadlineError` that names the stage."""
+        timer = asyncio.timeout(max(0.0, deadline_s - time.monotonic()))
+        try:
+            async with timer:
+                yield
+        except TimeoutError:
+            if timer.expired():
+                raise DeadlineError(self.waits_for) from None
+            raise
+
+    def finished(self, reason: FinishReason) -> pb.GenerateResponse:
+        """The client's last message. Precondition: the output is complete."""
+        assert self.generation is not None
+        assert self.output is not None
+        message = pb.Finished(
+            reason=codec.finish_reason_to_proto(reason),
+            usage=pb.Usage(
+                prompt_tokens=self.prompt_tokens,
+                cached_tokens=self.cached_tokens,
+                completion_tokens=self.completion_tokens,
+            ),
+            timings=_timings(self.timeline, self.generation.stats),
+            attempts=[
+                pb.AttemptReport(
+                    prefill_worker=report.prefill_worker,
+                    decode_worker=report.decode_worker,
+                    failure=report.failure,
+                    resumed_tokens=report.resumed_tokens,
+                )
+                for report in self.generation.reports
+            ],
+        )
+        if self.output.stop is not None:
+            message.stop_string = self.output.stop
+        elif self.output.stop_token_id is not None:
+            message.stop_token_id = self.output.stop_token_id
+        return pb.GenerateResponse(finished=message)
+
+
+def _timings(timeline: Timeline, stats: AttemptStats) -> pb.Timings:
+    placed_s = timeline.at_s(Event.PLACED) or 0.0
+
+    def at_s(event: Event) -> float:
+        return timeline.at_s(event) or 0.0
+
+    def last_at_s(event: Event) -> float:
+        """0 where an earlier attempt came to it, but not the last one."""
+        return at_s(event) if at_s(event) >= placed_s else 0.0
+
+    return pb.Timings(
+        admitted_at_seconds=at_s(Event.ADMITTED),
+        placed_at_seconds=at_s(Event.PLACED),
+        reserved_at_seconds=last_at_s(Event.RESERVED),
+        prefill_started_at_seconds=last_at_s(Event.PREFILL_STARTED),
+        first_token_at_seconds=at_s(Event.FIRST_TOKEN),
+        kv_received_at_seconds=last_at_s(Event.KV_RECEIVED),
+        last_token_at_seconds=at_s(Event.LAST_TOKEN),
+        finished_at_seconds=at_s(Event.FINISHED),
+        prefill_queue_seconds=stats.prefill_queue_s,
+        prefill_seconds=stats.prefill_s,
+        handoff_seconds=stats.handoff_s,
+        handoff_bytes=stats.handoff_bytes,
+        preemptions=stats.preemptions,
+    )

@@ -1,0 +1,104 @@
+"""The router, put together: one object in a process of its own (`python -m router`), inside `baton serve`, and in tests.
+
+    start   metrics → server → SERVING
+    drain   NOT_SERVING, new requests refused → running ones end, or the grace does
+    stop    requests fail with UNAVAILABLE → server → members → metrics
+
+All methods are called on the event loop on which it was started.
+"""
+
+import logging
+
+from baton.errors import UnavailableError
+from baton.service.metrics import RouterMetrics
+from baton.service.server import GrpcServer
+from baton.service.settings import RouterSettings
+from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc
+from router.fleet import Fleet, FleetServicer
+from router.model import ServedModel
+from router.placement import LoadAware, Policy
+from router.requests import RequestTable
+from router.servicer import InferenceServicer
+from router.text import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = "baton.v1.InferenceService"
+FLEET_SERVICE = "baton.v1.FleetService"
+ABORT_TIMEOUT_S = 5.0
+"""How long requests that are told to end may take to do so."""
+
+
+class RouterApp:
+    """See the module docstring."""
+
+    def __init__(
+        self, settings: RouterSettings, tokenizer: Tokenizer, policy: Policy | None = None
+    ) -> None:
+        """`policy` places requests; None is the default one."""
+        self._settings = settings
+        self.metrics = RouterMetrics()
+        self.model = ServedModel(settings, tokenizer)
+        self.fleet = Fleet(
+            settings,
+            policy or LoadAware(local_prefill_tokens=settings.local_prefill_tokens),
+            self.metrics,
+        )
+        self.table = RequestTable(
+            max_running=settings.max_running, max_queued=settings.max_queued, metrics=self.metrics
+        )
+        self._server = GrpcServer(settings, [INFERENCE_SERVICE, FLEET_SERVICE])
+        self.metrics_port = 0
+
+    @property
+    def port(self) -> int:
+        """Where it listens. Precondition: started."""
+        return self._server.port
+
+    async def start(self) -> int:
+        """Returns the port once the router serves. Raises `UnavailableError` where a port is taken; then nothing is left running."""
+        inference = InferenceServicer(
+            self.model, self.fleet, self.table, settings=self._settings, metrics=self.metrics
+        )
+        fleet = FleetServicer(self.fleet, self.model, self._settings)
+        self._server.register(
+            lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+                inference, server
+            )
+        )
+        self._server.register(
+            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+        )
+        self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)
+        try:
+            await self._server.start()
+        except UnavailableError:
+            self.metrics.close()
+            raise
+        await self._server.set_serving(serving=True)
+        _log.info("serving on port %d, metrics on port %d", self.port, self.metrics_port)
+        return self.port
+
+    async def drain(self, grace_s: float) -> bool:
+        """Returns whether every request has ended by itself within the grace. Idempotent."""
+        self.table.refuse_new()
+        await self._server.set_serving(serving=False)
+        idle = await self.table.idle(grace_s)
+        if not idle:
+            _log.warning("%d requests still run after the drain's %.0f s", len(self.table), grace_s)
+        return idle
+
+    async def stop(self) -> None:
+        """Ends everything at once. Idempotent."""
+        self.table.refuse_new()
+        self.table.abort_all(UnavailableError("the router stopped"))
+        if not await self.table.idle(ABORT_TIMEOUT_S):
+            _log.error("stopping: %d requests did not end", len(self.table))
+        await self._server.stop(0)
+        await self.fleet.close()
+        self.metrics.close()
+
+
+def load_tokenizer(settings: RouterSettings) -> Tokenizer:
+    """Reads files. Raises `ModelLoadError`."""
+    return Tokenizer.load(settings.model) if settings.model else Tokenizer.of_bytes()

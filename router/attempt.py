@@ -1,0 +1,275 @@
+"""One attempt at a request: one pair of workers, one TaskGroup.
+
+    decode   Decode ─▶ Reserved ───────────────▶ KvReceived ─▶ TokenChunk… ─▶ Finished
+    prefill              └─▶ Prefill(skip) ─▶ Started ─▶ FirstToken ─▶ Handed
+
+Tokens reach the sink strictly by index: no gap, no repeat, the first one as soon as prefill has it. However an attempt ends,
+both calls are cancelled, which frees what the workers hold; that is idempotent on their side. A worker that is lost from the
+fleet fails the attempt at once, so that one that hangs is bounded by its lease.
+
+Once decode holds the KV, prefill's fate does not matter; between the first token and that moment, decode is given
+`HANDOFF_GRACE_S` to say so.
+
+Belongs to the request's task on the router's event loop. Children report through `_end`; they raise only for bugs.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from typing import Any
+
+from baton import codec
+from baton.errors import (
+    BatonError,
+    CorruptKVError,
+    DeadlineError,
+    InternalError,
+    PreconditionError,
+    UnavailableError,
+)
+from baton.lifecycle import Event, Timeline
+from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk, WorkerId
+from baton.v1 import decode_pb2, prefill_pb2
+from router.members import Member, Pair
+from router.ordering import TokenOrder
+from router.outcome import AttemptStats, Failure, Stage
+from router.streams import Broken, consume
+
+HANDOFF_GRACE_S = 2.0
+"""How long decode may take to tell that it has the KV of a prefill worker that broke."""
+SOURCE_GRACE_S = 0.2
+"""How long prefill may take to tell why decode cannot have its KV."""
+DEADLINE_SLACK_S = 0.25
+"""A worker's DEADLINE_EXCEEDED this close to the deadline is the deadline; earlier, it is the worker's own limit."""
+
+Sink = Callable[[TokenChunk], bool]
+"""Takes the next tokens, in order; True where no more are wanted. Never blocks."""
+
+
+class Attempt:
+    """Used once: `run`, then `failure`, `finish_reason` and `stats` tell how it went."""
+
+    def __init__(
+        self,
+        key: AttemptKey,
+        sequence: Sequence,
+        pair: Pair,
+        *,
+        sink: Sink,
+        timeline: Timeline,
+        deadline_s: float,
+        on_prefill_sent: Callable[[], None],
+    ) -> None:
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part, the workers are told what is left of it."""
+        self._key = key
+        self._sequence = sequence
+        self._pair = pair
+        self._sink = sink
+        self._timeline = timeline
+        self._deadline_s = deadline_s
+        self._on_prefill_sent = on_prefill_sent
+        self._order = TokenOrder(len(sequence.generated))
+        self._has_first_token = False
+        self._handed = False
+        self._has_kv = asyncio.Event()
+        self._decode_finish: FinishReason | None = None
+        self._over = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.stage = Stage.RESERVE
+        self.failure: Failure | None = None
+        self.finish_reason: FinishReason | None = None
+        """None after a success: the sink wanted no more."""
+        self.stats = AttemptStats()
+
+    async def run(self) -> None:
+        """Returns once the attempt succeeded or failed, with everything let go. Cancelling it is legal at any instant."""
+        with ExitStack() as watches:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                watches.enter_context(self._pair.decode.watch(self._on_decode_lost))
+                if self._pair.prefill is not None:
+                    watches.enter_context(self._pair.prefill.watch(self._on_prefill_lost))
+                self._spawn(self._run_decode())
+                try:
+                    await self._over.wait()
+                finally:
+                    self._over.set()
+                    for task in self._tasks:
+                        task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(self._group.create_task(work))
+
+    def _end(self, failure: Failure | None) -> None:
+        """The first call decides."""
+        if not self._over.is_set():
+            self.failure = failure
+            self._over.set()
+
+    # Decode's side.
+
+    async def _run_decode(self) -> None:
+        member, source = self._pair.decode, self._pair.prefill
+        request = decode_pb2.DecodeRequest(
+            key=codec.key_to_proto(self._key),
+            sequence=codec.sequence_to_proto(self._sequence),
+            kv_digest=member.info.spec.digest,
+        )
+        if source is not None:
+            request.source.worker_id = source.worker_id
+            request.source.transfer_address = source.info.transfer_address
+        broken = await consume(
+            lambda: member.call_decode(request, self._remaining_s()), self._on_decode
+        )
+        failure = Failure(self._own_deadline(broken.error), self._blame_for(broken))
+        if failure.blame != member.worker_id:
+            # Prefill's own word, about to come, says more: why it failed, or that its token was the last.
+            await asyncio.sleep(SOURCE_GRACE_S)
+        self._end(failure)
+
+    def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
+        match response.WhichOneof("event"):
+            case "reserved":
+                self._on_reserved(response.reserved.cached_tokens)
+            case "kv_received":
+                self._on_kv_received(response.kv_received)
+            case "tokens":
+                self._deliver(codec.chunk_from_proto(response.tokens))
+            case "finished":
+                self.stats.preemptions = response.finished.preemptions
+                self._decode_finish = codec.finish_reason_from_proto(response.finished.reason)
+                if self._decode_finish is None:
+                    raise InternalError("decode finished without a reason")
+                self._finish_if_complete()
+            case _:
+                raise InternalError("decode sent an event that this router does not know")
+
+    def _on_reserved(self, cached_tokens: int) -> None:
+        if self.stage is not Stage.RESERVE:
+            raise InternalError("decode reserved twice")
+        self._timeline.record(Event.RESERVED, time.monotonic())
+        self._saw_cached(cached_tokens)
+        self.stage = Stage.PREFILL
+        if self._pair.prefill is not None:
+            self._on_prefill_sent()
+            self._spawn(self._run_prefill(self._pair.prefill, cached_tokens))
+
+    def _on_kv_received(self, received: decode_pb2.DecodeResponse.KvReceived) -> None:
+        self._timeline.record(Event.KV_RECEIVED, time.monotonic())
+        self.stats.handoff_s = received.handoff_seconds
+        self.stats.handoff_bytes = received.kv_bytes
+        self.stage = Stage.DECODE
+        self._has_kv.set()
+
+    def _on_decode_lost(self, error: UnavailableError) -> None:
+        self._end(Failure(error, self._pair.decode.worker_id))
+
+    def _blame_for(self, broken: Broken) -> WorkerId:
+        """Who failed where decode's call broke: of a handoff, decode only tells; its other side failed."""
+        handing_off = self.stage in (Stage.PREFILL, Stage.HANDOFF)
+        about_source = UnavailableError | PreconditionError | CorruptKVError | DeadlineError
+        if (
+            self._pair.prefill is not None
+            and handing_off
+            and broken.from_worker
+            and isinstance(broken.error, about_source)
+        ):
+            return self._pair.prefill.worker_id
+        return self._pair.decode.worker_id
+
+    # Prefill's side.
+
+    async def _run_prefill(self, member: Member, skip_tokens: int) -> None:
+        request = prefill_pb2.PrefillRequest(
+            key=codec.key_to_proto(self._key),
+            sequence=codec.sequence_to_proto(self._sequence),
+            skip_tokens=skip_tokens,
+            kv_digest=member.info.spec.digest,
+        )
+        broken = await consume(
+            lambda: member.call_prefill(request, self._remaining_s()), self._on_prefill
+        )
+        if not broken.from_worker:
+            member.release_prefill(self._key)
+        await self._outlive_prefill(Failure(self._own_deadline(broken.error), member.worker_id))
+
+    def _on_prefill(self, response: prefill_pb2.PrefillResponse) -> None:
+        match response.WhichOneof("event"):
+            case "started":
+                self._timeline.record(Event.PREFILL_STARTED, time.monotonic())
+                self.stats.prefill_queue_s = response.started.queue_seconds
+                self._saw_cached(response.started.cached_tokens)
+            case "first_token":
+                self._on_first_token(response.first_token)
+            case "handed":
+                self._handed = True
+            case "progress":
+                pass
+            case _:
+                raise InternalError("prefill sent an event that this router does not know")
+
+    def _on_first_token(self, first: prefill_pb2.PrefillResponse.FirstToken) -> None:
+        chunk = codec.chunk_from_proto(first.token)
+        if chunk.first_index != len(self._sequence.generated) or len(chunk.token_ids) != 1:
+            raise InternalError("prefill's first token is not the one token that was asked for")
+        self.stats.prefill_s = first.prefill_seconds
+        self._has_first_token = True
+        if self.stage is Stage.PREFILL:
+            self.stage = Stage.HANDOFF
+        finish = codec.finish_reason_from_proto(first.finish_reason)
+        if finish is not None:
+            self._decode_finish = finish
+        self._deliver(chunk)
+
+    def _on_prefill_lost(self, error: UnavailableError) -> None:
+        assert self._pair.prefill is not None
+        if not self._over.is_set():
+            self._spawn(self._outlive_prefill(Failure(error, self._pair.prefill.worker_id)))
+
+    async def _outlive_prefill(self, failure: Failure) -> None:
+        """Prefill's call ended, or its worker did: whether that is a failure is for decode to tell, once there is a first token."""
+        if self._handed:
+            return
+        if self._has_first_token:
+            try:
+                async with asyncio.timeout(HANDOFF_GRACE_S):
+                    await self._has_kv.wait()
+            except TimeoutError:
+                pass
+            else:
+                return
+        self._end(failure)
+
+    # Both.
+
+    def _deliver(self, chunk: TokenChunk) -> None:
+        for due in self._order.put(chunk):
+            if self._sink(due):
+                self._end(None)
+                return
+        self._finish_if_complete()
+
+    def _finish_if_complete(self) -> None:
+        if self._decode_finish is None:
+            return
+        if self._pair.prefill is not None and not self._has_first_token:
+            return
+        if self._order.holds_any:
+            raise InternalError("decode left out a token")
+        self.finish_reason = self._decode_finish
+        self._end(None)
+
+    def _saw_cached(self, tokens: int) -> None:
+        self.stats.cached_tokens = max(self.stats.cached_tokens, tokens)
+
+    def _remaining_s(self) -> float:
+        return max(0.001, self._deadline_s - time.monotonic())
+
+    def _own_deadline(self, error: BatonError) -> BatonError:
+        """Tells the request's deadline from a limit of the worker's."""
+        if not isinstance(error, DeadlineError):
+            return error
+        if self._remaining_s() <= DEADLINE_SLACK_S:
+            return DeadlineError(self.stage.value)
+        return UnavailableError(f"the worker timed out in stage {error.stage!r}")

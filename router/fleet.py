@@ -1,0 +1,239 @@
+"""Membership: workers join over gRPC, hold a lease by heartbeat, and are told of to whoever uses them.
+
+`Fleet` puts the pure parts to work: the registry's books, the policy's choice, one `Member` with a channel for each worker.
+`FleetServicer` is the gRPC side; a membership is one Join call, and ends with it or with its lease. All on the router's event
+loop; nothing here awaits while the books are open.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from baton import codec
+from baton.errors import FieldViolation, InvalidRequestError, PreconditionError, UnavailableError
+from baton.kv.prefix import block_hashes
+from baton.service.channel import open_channel
+from baton.service.metrics import RouterMetrics
+from baton.service.settings import RouterSettings
+from baton.types import PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
+from baton.v1 import fleet_pb2, fleet_pb2_grpc
+from router.members import Member, Pair
+from router.model import ServedModel
+from router.placement import NoWorker, Placement, PlaceRequest, Policy
+from router.registry import Claim, Registry
+
+_log = logging.getLogger(__name__)
+
+
+class Held:
+    """The workers of one attempt, and its load on them."""
+
+    def __init__(self, pair: Pair, decode: Claim, prefill: Claim | None) -> None:
+        self.pair = pair
+        self._prefill = prefill
+        decode.sent_at_s = time.monotonic()
+
+    def prefill_sent(self) -> None:
+        """Prefill was called: later heartbeats include this attempt."""
+        assert self._prefill is not None
+        self._prefill.sent_at_s = time.monotonic()
+
+
+class Fleet:
+    """See the module docstring."""
+
+    def __init__(self, settings: RouterSettings, policy: Policy, metrics: RouterMetrics) -> None:
+        self.registry = Registry()
+        self._settings = settings
+        self._policy = policy
+        self._metrics = metrics
+        self._members: dict[WorkerId, Member] = {}
+        self._draining: set[WorkerId] = set()
+        self._changed = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    def join(self, info: WorkerInfo) -> Member:
+        """Makes a worker a member, in place of an earlier one of the same id."""
+        earlier = self._members.get(info.worker_id)
+        if earlier is not None:
+            self.leave(earlier, "it joined anew")
+        session = self.registry.join(info, time.monotonic())
+        member = Member(info, session, open_channel(info.address, self._settings))
+        self._members[info.worker_id] = member
+        _log.info("%s worker %s joined at %s", info.role.value, info.worker_id, info.address)
+        self._tell()
+        return member
+
+    def heartbeat(
+        self, member: Member, load: WorkerLoad, prefix: PrefixDelta, *, draining: bool
+    ) -> None:
+        """Takes a member's report in."""
+        current = self.registry.heartbeat(
+            member.worker_id,
+            member.session,
+            load,
+            prefix,
+            draining=draining,
+            now_s=time.monotonic(),
+        )
+        if current and draining != (member.worker_id in self._draining):
+            self._draining ^= {member.worker_id}
+            _log.info("worker %s %s", member.worker_id, "drains" if draining else "drains no more")
+            self._tell()
+
+    def leave(self, member: Member, why: str) -> None:
+        """Ends a membership: its attempts fail now, its channel closes when they have let go. Idempotent."""
+        if not self.registry.leave(member.worker_id, member.session):
+            return
+        del self._members[member.worker_id]
+        self._draining.discard(member.worker_id)
+        _log.info("worker %s left: %s", member.worker_id, why)
+        member.lose(why)
+        task = asyncio.create_task(member.close(), name=f"close {member.worker_id}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self._tell()
+
+    def place(
+        self, tokens: Sequence[int], *, avoid: frozenset[WorkerId], digest: str | None
+    ) -> Placement | NoWorker:
+        """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments."""
+        hashes = {size: block_hashes(tokens, size) for size in self.registry.block_sizes()}
+        view = self.registry.view(hashes, time.monotonic())
+        self._turn += 1
+        request = PlaceRequest(num_tokens=len(tokens), turn=self._turn, avoid=avoid, digest=digest)
+        return self._policy.place(view, request)
+
+    @contextmanager
+    def hold(self, placement: Placement, num_tokens: int) -> Iterator[Held]:
+        """Puts an attempt's load on its workers for as long as the context lasts. Precondition: placed just now."""
+        decode, prefill = placement.decode, placement.prefill
+        local_tokens = num_tokens - decode.cached_tokens if prefill is None else 0
+        claims = [_claim(decode.info, local_tokens, num_tokens)]
+        pair = Pair(None, self._members[decode.info.worker_id])
+        if prefill is not None:
+            claims.append(_claim(prefill.info, num_tokens - prefill.cached_tokens, num_tokens))
+            pair = Pair(self._members[prefill.info.worker_id], pair.decode)
+        for claim in claims:
+            self.registry.claim(claim)
+        try:
+            yield Held(pair, claims[0], claims[1] if prefill is not None else None)
+        finally:
+            for claim in claims:
+                self.registry.release(claim)
+
+    def suspect(self, worker_id: WorkerId) -> None:
+        """A worker failed an attempt; see `Registry.suspect`."""
+        self.registry.suspect(worker_id, time.monotonic())
+
+    async def wait_for_change(self, timeout_s: float) -> bool:
+        """Returns once a worker joined, left, or changed its mind about draining; False after the timeout."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Loses every member. Idempotent."""
+        for member in tuple(self._members.values()):
+            self.leave(member, "the router stops")
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        states = (
+            (info.role, "draining" if info.worker_id in self._draining else "ready")
+            for info in self.registry.infos()
+        )
+        self._metrics.set_workers(dict(Counter[tuple[Role, str]](states)))
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
+    """See the module docstring."""
+
+    def __init__(self, fleet: Fleet, model: ServedModel, settings: RouterSettings) -> None:
+        self._fleet = fleet
+        self._model = model
+        self._settings = settings
+
+    async def Join(  # noqa: N802 - gRPC's name
+        self,
+        requests: AsyncIterator[fleet_pb2.JoinRequest],
+        context: grpc.aio.ServicerContext[fleet_pb2.JoinRequest, fleet_pb2.JoinResponse],
+    ) -> None:
+        """Returns when the worker leaves; raises where it is refused or its lease passed."""
+        first = await self._next(requests)
+        if first is None:
+            return
+        if not first.HasField("announce"):
+            raise InvalidRequestError(FieldViolation("event", "the first must be an announce"))
+        info = codec.worker_info_from_proto(first.announce.info)
+        why_not = self._model.check(info)
+        if why_not is not None:
+            _log.warning("worker %s was refused: %s", info.worker_id, why_not)
+            raise PreconditionError(why_not)
+        self._model.learn(info)
+        member = self._fleet.join(info)
+        why = "its connection broke"
+        try:
+            terms = fleet_pb2.JoinResponse.Joined(
+                heartbeat_seconds=self._settings.heartbeat_s, lease_seconds=self._settings.lease_s
+            )
+            await context.write(fleet_pb2.JoinResponse(joined=terms))
+            while (request := await self._next(requests)) is not None:
+                if not request.HasField("heartbeat"):
+                    raise InvalidRequestError(FieldViolation("event", "must be a heartbeat"))
+                beat = request.heartbeat
+                self._fleet.heartbeat(
+                    member,
+                    codec.load_from_proto(beat.load),
+                    codec.prefix_delta_from_proto(beat.prefix),
+                    draining=beat.draining,
+                )
+            why = "it said so"
+        except UnavailableError as error:
+            why = error.message
+            raise
+        finally:
+            self._fleet.leave(member, why)
+
+    async def _next(
+        self, requests: AsyncIterator[fleet_pb2.JoinRequest]
+    ) -> fleet_pb2.JoinRequest | None:
+        """The next message; None at the end of the stream. Raises `UnavailableError` once the lease has passed without one."""
+        lease_s = self._settings.lease_s
+        pending: asyncio.Task[Any] = asyncio.ensure_future(_anext(requests))
+        try:
+            began_s = time.monotonic()
+            await asyncio.wait({pending}, timeout=lease_s)
+            if not pending.done() and time.monotonic() - began_s > 1.25 * lease_s:
+                # This process was the one that slept: what arrived meanwhile is yet to be read.
+                await asyncio.wait({pending}, timeout=lease_s / 2)
+            if not pending.done():
+                raise UnavailableError(f"no heartbeat for {lease_s:g} s")
+            return pending.result()  # type: ignore[no-any-return]
+        finally:
+            pending.cancel()
+
+
+async def _anext(requests: AsyncIterator[fleet_pb2.JoinRequest]) -> fleet_pb2.JoinRequest | None:
+    return await anext(requests, None)
+
+
+def _claim(info: WorkerInfo, prefill_tokens: int, num_tokens: int) -> Claim:
+    return Claim(
+        worker_id=info.worker_id,
+        prefill_tokens=max(0, prefill_tokens),
+        blocks=-(-num_tokens // info.block_size_tokens),
+    )

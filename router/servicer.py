@@ -1,0 +1,179 @@
+"""InferenceService: what clients call. Validation, admission, the stream to the client, and the account at the end.
+
+Runs on the router's event loop. A Generate call is the lease on everything that its request holds: however it ends (completed,
+failed, cancelled by id, the client gone, its deadline passed, a client that does not read), its attempt's calls are
+cancelled, which frees the workers. Errors become statuses in `baton.service.interceptors`.
+"""
+
+import asyncio
+import time
+
+from baton import codec
+from baton.errors import NotFoundError, UnavailableError
+from baton.lifecycle import Event, Timeline
+from baton.service.calls import Context, time_left_s
+from baton.service.metrics import RouterMetrics
+from baton.service.settings import RouterSettings
+from baton.types import FinishReason
+from baton.v1 import inference_pb2 as pb
+from baton.v1 import inference_pb2_grpc
+from router.account import Account
+from router.client_stream import ClientStream
+from router.fleet import Fleet
+from router.generation import Generation
+from router.model import ServedModel
+from router.output import Output, Piece
+from router.requests import RequestTable
+from router.text import OutputText
+from router.validation import ModelFacts, ValidRequest, parse_generate
+
+INLINE_BYTES = 8192
+"""Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        fleet: Fleet,
+        table: RequestTable,
+        *,
+        settings: RouterSettings,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._table = table
+        self._settings = settings
+        self._metrics = metrics
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        """Writes one Accepted, Chunks, and one Finished."""
+        now_s = time.monotonic()
+        deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
+        account = Account(Timeline(received_s=now_s))
+        stream = ClientStream(context, self._settings.write_stall_s)
+        async with account.counted(self._metrics), account.bounded(deadline_s):
+            facts = await self._facts()
+            valid = account.request = await self._parse(request, facts)
+            account.stage = "admission"
+            async with self._table.enter(valid.request_id):
+                account.timeline.record(Event.ADMITTED, time.monotonic())
+                await stream.write(_accepted(valid, facts))
+                await self._generate(valid, facts, account, stream, deadline_s)
+
+    async def Cancel(  # noqa: N802
+        self,
+        request: pb.CancelRequest,
+        context: Context,  # noqa: ARG002
+    ) -> pb.CancelResponse:
+        self._table.cancel(request.request_id)
+        return pb.CancelResponse()
+
+    async def GetModel(  # noqa: N802
+        self,
+        request: pb.GetModelRequest,
+        context: Context,  # noqa: ARG002
+    ) -> pb.GetModelResponse:
+        name, latest = self._model.name, self._model.latest
+        if request.model and request.model != name:
+            raise NotFoundError("model", request.model)
+        response = pb.GetModelResponse(
+            model=name,
+            has_chat_template=self._model.tokenizer.has_chat_template,
+            workers=[codec.worker_info_to_proto(info) for info in self._fleet.registry.infos()],
+        )
+        if latest is not None:
+            response.fingerprint = latest.spec.model_fingerprint
+            response.dtype = latest.spec.dtype.value
+            response.vocab_size = latest.vocab_size
+            response.max_context_tokens = latest.max_context_tokens
+            response.eos_token_ids.extend(latest.eos_token_ids)
+        return response
+
+    async def _facts(self) -> ModelFacts:
+        """Waits, within limits, for the first worker: only workers know the model's limits."""
+        end_s = time.monotonic() + self._settings.worker_wait_s
+        while (facts := self._model.facts) is None:
+            if not await self._fleet.wait_for_change(end_s - time.monotonic()):
+                raise UnavailableError("no worker has joined")
+        return facts
+
+    async def _parse(self, request: pb.GenerateRequest, facts: ModelFacts) -> ValidRequest:
+        if request.ByteSize() <= INLINE_BYTES:
+            return parse_generate(request, facts, self._model.tokenizer)
+        return await asyncio.to_thread(parse_generate, request, facts, self._model.tokenizer)
+
+    async def _generate(
+        self,
+        valid: ValidRequest,
+        facts: ModelFacts,
+        account: Account,
+        stream: ClientStream,
+        deadline_s: float,
+    ) -> None:
+        text = OutputText(
+            self._model.tokenizer,
+            valid.sampling,
+            prompt=valid.prompt,
+            eos_token_ids=facts.eos_token_ids,
+        )
+        output = account.output = Output(text, valid.sampling.max_tokens)
+        generation = account.generation = Generation(
+            valid,
+            output,
+            account.timeline,
+            fleet=self._fleet,
+            settings=self._settings,
+            metrics=self._metrics,
+            deadline_s=deadline_s,
+        )
+        driver = asyncio.create_task(_drive(generation, output), name=valid.request_id)
+        try:
+            while (piece := await output.take()) is not None:
+                await stream.write(_chunk(piece))
+                self._wrote(piece, account.timeline)
+            reason = await driver
+        finally:
+            driver.cancel()
+            # Its error is raised above, or something else ended the request first.
+            await asyncio.gather(driver, return_exceptions=True)
+        account.timeline.record(Event.FINISHED, time.monotonic())
+        await stream.write(account.finished(reason))
+
+    def _wrote(self, piece: Piece, timeline: Timeline) -> None:
+        if piece.tokens is None:
+            return
+        now_s = time.monotonic()
+        last_s = timeline.at_s(Event.LAST_TOKEN)
+        if last_s is not None:
+            self._metrics.record_token_gap(now_s - timeline.received_s - last_s)
+        timeline.record(Event.FIRST_TOKEN, now_s)
+        timeline.record(Event.LAST_TOKEN, now_s)
+
+
+async def _drive(generation: Generation, output: Output) -> FinishReason:
+    try:
+        reason = await generation.run()
+        output.finish()
+        return reason
+    finally:
+        output.close()
+
+
+def _accepted(valid: ValidRequest, facts: ModelFacts) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        accepted=pb.Accepted(
+            request_id=valid.request_id,
+            model=facts.model,
+            prompt_tokens=len(valid.prompt),
+            seed=valid.sampling.seed,
+        )
+    )
+
+
+def _chunk(piece: Piece) -> pb.GenerateResponse:
+    tokens = None if piece.tokens is None else codec.chunk_to_proto(piece.tokens)
+    return pb.GenerateResponse(chunk=pb.Chunk(text=piece.text, tokens=tokens))

@@ -1,0 +1,60 @@
+"""Reads a worker's response stream to its end, and says how it ended."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc.aio import AioRpcError
+
+from baton.errors import BatonError, CancelledError, InternalError, UnavailableError
+from baton.service.status import error_from_rpc
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Why a stream ended."""
+
+    error: BatonError
+    from_worker: bool
+    """The worker itself said so; else the connection broke."""
+
+
+async def consume(start: Callable[[], Any], handle: Callable[[Any], None]) -> Broken:
+    """Starts a call and hands each response on until the stream ends; a BatonError that `handle` raises ends it too. The call is
+    over afterwards, whichever way this ends.
+
+    A stream that ends without a status of its own counts as broken: for a stream that is done, nobody asks.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        call = start()
+    except UnavailableError as error:
+        return Broken(error, from_worker=False)
+    try:
+        # The stubs do not know the end-of-stream marker.
+        while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            handle(response)
+    except AioRpcError as error:
+        trailers: Any = error.trailing_metadata() or ()
+        said = any(key == "grpc-status-details-bin" for key, _ in trailers)
+        return Broken(_not_ours(error_from_rpc(error)), from_worker=said)
+    except BatonError as error:
+        return Broken(error, from_worker=True)
+    except asyncio.CancelledError:
+        # A closed channel cancels its calls, not the tasks that read them.
+        if task.cancelling():
+            raise
+        return Broken(UnavailableError("the channel was closed"), from_worker=False)
+    finally:
+        call.cancel()
+    return Broken(InternalError("the stream ended early"), from_worker=True)
+
+
+def _not_ours(error: BatonError) -> BatonError:
+    """A call that the router cancels is not read any more: this one was let go by a worker that stops."""
+    if isinstance(error, CancelledError):
+        return UnavailableError("the worker let go of the call")
+    return error

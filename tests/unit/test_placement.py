@@ -1,0 +1,330 @@
+"""Placement decides as its docstring promises, on tables and on random fleets."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.kv.spec import KVDtype, KVSpec
+from baton.types import Role, WorkerId, WorkerInfo
+from router.placement import (
+    FleetView,
+    LoadAware,
+    NoWorker,
+    Placement,
+    PlaceRequest,
+    Policy,
+    RoundRobin,
+    WorkerView,
+)
+
+SPEC = KVSpec(
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=2,
+    dtype=KVDtype.FLOAT32,
+    position_scheme="rope",
+    model_fingerprint="a",
+)
+OTHER = replace(SPEC, model_fingerprint="b")
+POLICIES: list[Policy] = [LoadAware(), RoundRobin()]
+
+
+def info(worker_id: str, role: Role, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=WorkerId(worker_id),
+        role=role,
+        address="localhost:1",
+        transfer_address=worker_id,
+        model="m",
+        spec=spec,
+        vocab_size=256,
+        max_context_tokens=4096,
+        eos_token_ids=(0,),
+        block_size_tokens=16,
+        num_blocks=256,
+        node=node,
+        pid=1,
+        device="cpu",
+        version="0",
+    )
+
+
+def prefill(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
+    return WorkerView(info=info(worker_id, Role.PREFILL, node=node, spec=spec), free_blocks=256)
+
+
+def decode(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
+    return WorkerView(info=info(worker_id, Role.DECODE, node=node, spec=spec), free_blocks=256)
+
+
+def ids(placement: Placement | NoWorker) -> tuple[str | None, str]:
+    assert isinstance(placement, Placement), placement
+    of_prefill = None if placement.prefill is None else placement.prefill.info.worker_id
+    return of_prefill, placement.decode.info.worker_id
+
+
+LONG = PlaceRequest(num_tokens=500)
+P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
+
+
+@pytest.mark.parametrize(
+    ("why", "fleet", "expected"),
+    [
+        ("one of each", FleetView((P1,), (D1,)), ("p1", "d1")),
+        (
+            "the prefill worker with the shorter queue",
+            FleetView((replace(P1, queued_prefill_tokens=600), P2), (D1,)),
+            ("p2", "d1"),
+        ),
+        (
+            "the prefill worker that holds the prefix, though its queue is longer",
+            FleetView((replace(P1, cached_tokens=480, queued_prefill_tokens=300), P2), (D1,)),
+            ("p1", "d1"),
+        ),
+        (
+            "not the one that holds the prefix once its queue is longer than what it saves",
+            FleetView((replace(P1, cached_tokens=480, queued_prefill_tokens=900), P2), (D1,)),
+            ("p2", "d1"),
+        ),
+        (
+            "the decode worker with fewer requests",
+            FleetView((P1,), (replace(D1, requests=5), replace(D2, requests=2))),
+            ("p1", "d2"),
+        ),
+        (
+            "the decode worker with blocks, though it has more requests",
+            FleetView((P1,), (replace(D1, free_blocks=4), replace(D2, requests=3))),
+            ("p1", "d2"),
+        ),
+        (
+            "the decode worker that holds the prefix, as nothing need be shipped",
+            FleetView((P1,), (D1, replace(D2, cached_tokens=320))),
+            ("p1", "d2"),
+        ),
+        (
+            "a pair on one node",
+            FleetView((prefill("p1", node="x"), prefill("p2", node="y")), (decode("d", node="y"),)),
+            ("p2", "d"),
+        ),
+        (
+            "a distant prefill worker where the near one is swamped",
+            FleetView(
+                (
+                    prefill("p1", node="x"),
+                    replace(prefill("p2", node="y"), queued_prefill_tokens=5000),
+                ),
+                (decode("d", node="y"),),
+            ),
+            ("p1", "d"),
+        ),
+        (
+            "no draining worker",
+            FleetView((replace(P1, draining=True), P2), (D1, replace(D2, draining=True))),
+            ("p2", "d1"),
+        ),
+        (
+            "no worker under suspicion while there is another",
+            FleetView(
+                (replace(P1, suspect=True), replace(P2, queued_prefill_tokens=900)),
+                (replace(D1, requests=9), replace(D2, suspect=True)),
+            ),
+            ("p2", "d1"),
+        ),
+        (
+            "a decode worker under suspicion where there is no other",
+            FleetView((P1,), (replace(D1, suspect=True),)),
+            ("p1", "d1"),
+        ),
+        (
+            "decode alone where no prefill worker has joined",
+            FleetView((), (D1,)),
+            (None, "d1"),
+        ),
+        (
+            "decode alone where the only prefill worker is under suspicion",
+            FleetView((replace(P1, suspect=True),), (D1,)),
+            (None, "d1"),
+        ),
+        (
+            "decode alone where it lacks little",
+            FleetView((P1,), (replace(D1, cached_tokens=480),)),
+            (None, "d1"),
+        ),
+        (
+            "only a prefill worker of decode's KV digest",
+            FleetView((prefill("p1", spec=OTHER), replace(P2, queued_prefill_tokens=900)), (D1,)),
+            ("p2", "d1"),
+        ),
+        (
+            "decode alone where every prefill worker has another digest",
+            FleetView((prefill("p1", spec=OTHER),), (D1,)),
+            (None, "d1"),
+        ),
+    ],
+)
+def test_the_default_policy_takes(
+    why: str, fleet: FleetView, expected: tuple[str | None, str]
+) -> None:
+    assert ids(LoadAware().place(fleet, LONG)) == expected, why
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_worker_that_failed_the_request_is_used_again_only_if_there_is_nobody_else(
+    policy: Policy,
+) -> None:
+    request = replace(LONG, avoid=frozenset({WorkerId("d1"), WorkerId("p1")}))
+    assert ids(policy.place(FleetView((P1, P2), (D1, D2)), request)) == ("p2", "d2")
+    assert ids(policy.place(FleetView((P1, P2), (D1,)), request)) == ("p2", "d1")
+    assert ids(policy.place(FleetView((P1,), (D1, D2)), request)) == (None, "d2")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("fleet", "digest", "reason"),
+    [
+        (FleetView((P1,), ()), None, "no decode worker has joined"),
+        (FleetView((P1,), (replace(D1, draining=True),)), None, "every decode worker is draining"),
+        (
+            FleetView((P1,), (D1,)),
+            OTHER.digest,
+            "no decode worker has the KV digest that the request began with",
+        ),
+    ],
+)
+def test_where_nobody_can_decode_the_reason_is_told(
+    policy: Policy, fleet: FleetView, digest: str | None, reason: str
+) -> None:
+    assert policy.place(fleet, replace(LONG, digest=digest)) == NoWorker(reason)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_with_tokens_stays_with_the_digest_that_made_them(policy: Policy) -> None:
+    fleet = FleetView((P1, prefill("p9", spec=OTHER)), (D1, decode("d9", spec=OTHER)))
+    for turn in range(4):
+        request = replace(LONG, digest=OTHER.digest, turn=turn)
+        assert ids(policy.place(fleet, request)) == ("p9", "d9")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_worker_whose_pool_is_too_small_is_left_out_while_another_fits(policy: Policy) -> None:
+    small = replace(D1, info=replace(D1.info, num_blocks=8))
+    for turn in range(4):
+        request = replace(LONG, turn=turn)
+        assert ids(policy.place(FleetView((), (small, D2)), request)) == (None, "d2")
+    assert ids(policy.place(FleetView((), (small,)), LONG)) == (None, "d1")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equal_workers_take_turns(policy: Policy) -> None:
+    decodes = tuple(decode(f"d{i}") for i in range(3))
+    fleet = FleetView((P1, P2), decodes)
+    placed = [ids(policy.place(fleet, replace(LONG, turn=turn))) for turn in range(12)]
+    assert {d for _, d in placed} == {"d0", "d1", "d2"}
+    assert {p for p, _ in placed} == {"p1", "p2"}
+
+
+def test_round_robin_goes_through_the_workers_whatever_their_load() -> None:
+    fleet = FleetView((P1,), (replace(D1, requests=99), D2))
+    placed = [ids(RoundRobin().place(fleet, replace(LONG, turn=turn)))[1] for turn in range(4)]
+    assert placed == ["d1", "d2", "d1", "d2"]
+
+
+def test_a_limit_of_zero_never_computes_at_decode_while_a_prefill_worker_is_there() -> None:
+    fleet = FleetView((P1,), (D1,))
+    assert ids(LoadAware(local_prefill_tokens=0).place(fleet, PlaceRequest(num_tokens=1))) == (
+        "p1",
+        "d1",
+    )
+
+
+views = st.builds(
+    replace,
+    st.builds(
+        lambda name, node, spec: (name, node, spec),
+        st.integers(0, 30),
+        st.sampled_from(["x", "y"]),
+        st.sampled_from([SPEC, OTHER]),
+    ).map(lambda t: prefill(f"p{t[0]}", node=t[1], spec=t[2])),
+    draining=st.booleans(),
+    suspect=st.booleans(),
+    requests=st.integers(0, 50),
+    queued_prefill_tokens=st.integers(0, 5000),
+    free_blocks=st.integers(0, 256),
+    cached_tokens=st.integers(0, 60).map(lambda blocks: 16 * blocks),
+)
+
+
+def as_decode(worker: WorkerView) -> WorkerView:
+    name = worker.info.worker_id.replace("p", "d")
+    return replace(worker, info=replace(worker.info, worker_id=WorkerId(name), role=Role.DECODE))
+
+
+fleets = st.builds(
+    FleetView,
+    st.lists(views, max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
+    st.lists(views.map(as_decode), max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
+)
+requests = st.builds(
+    PlaceRequest,
+    num_tokens=st.integers(1, 1000),
+    turn=st.integers(0, 2**40),
+    avoid=st.frozensets(
+        st.builds("{}{}".format, st.sampled_from("pd"), st.integers(0, 30)).map(WorkerId),
+        max_size=6,
+    ),
+    digest=st.sampled_from([None, SPEC.digest, OTHER.digest]),
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(view=fleets, request_=requests)
+def test_on_any_fleet_a_placement_upholds_what_every_policy_promises(
+    policy: Policy, view: FleetView, request_: PlaceRequest
+) -> None:
+    usable = [w for w in view.decode if not w.draining and request_.digest in (None, w.digest)]
+    placed = policy.place(view, request_)
+    if isinstance(placed, NoWorker):
+        assert not usable
+        assert placed.reason
+        return
+    assert placed.decode in usable
+    sound = [w for w in usable if not w.suspect and w.info.worker_id not in request_.avoid]
+    if sound:
+        assert placed.decode in sound
+    if placed.prefill is None:
+        lacking = request_.num_tokens - placed.decode.cached_tokens
+        partners = [
+            w
+            for w in view.prefill
+            if w.digest == placed.decode.digest
+            and not w.draining
+            and not w.suspect
+            and w.info.worker_id not in request_.avoid
+        ]
+        assert lacking <= 32 or not partners
+        return
+    assert placed.prefill in view.prefill
+    assert placed.prefill.digest == placed.decode.digest
+    assert not placed.prefill.draining
+    assert not placed.prefill.suspect
+    assert placed.prefill.info.worker_id not in request_.avoid
+    assert placed == policy.place(view, request_), "placement is a pure function"
+
+
+@given(view=fleets, request_=requests)
+def test_adding_load_to_the_chosen_decode_worker_never_attracts_a_request(
+    view: FleetView, request_: PlaceRequest
+) -> None:
+    before = LoadAware().place(view, request_)
+    if isinstance(before, NoWorker):
+        return
+    chosen = before.decode.info.worker_id
+    others = tuple(
+        w if w.info.worker_id == chosen else replace(w, requests=w.requests + 1)
+        for w in view.decode
+    )
+    after = LoadAware().place(FleetView(view.prefill, others), request_)
+    assert isinstance(after, Placement)
+    assert after.decode.info.worker_id == chosen

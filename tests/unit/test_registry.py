@@ -1,0 +1,263 @@
+"""The registry's books: membership, reports, prefix caches, claims, suspicion."""
+
+from collections.abc import Sequence
+
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from baton.kv.prefix import block_hashes
+from baton.kv.spec import KVDtype, KVSpec
+from baton.types import BlockHash, PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
+from router.placement import WorkerView
+from router.registry import Claim, Registry
+
+SPEC = KVSpec(
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=2,
+    dtype=KVDtype.FLOAT32,
+    position_scheme="rope",
+    model_fingerprint="a",
+)
+NOTHING = PrefixDelta()
+
+
+def info(worker_id: str, role: Role = Role.DECODE, *, block_size: int = 4) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=WorkerId(worker_id),
+        role=role,
+        address="localhost:1",
+        transfer_address=worker_id,
+        model="m",
+        spec=SPEC,
+        vocab_size=256,
+        max_context_tokens=4096,
+        eos_token_ids=(0,),
+        block_size_tokens=block_size,
+        num_blocks=64,
+        node="n",
+        pid=1,
+        device="cpu",
+        version="0",
+    )
+
+
+def only_decode(
+    registry: Registry, now_s: float = 0.0, hashes: dict[int, Sequence[BlockHash]] | None = None
+) -> WorkerView:
+    (worker,) = registry.view(hashes or {}, now_s).decode
+    return worker
+
+
+def claim(worker_id: str = "d", *, sent_at_s: float | None = None) -> Claim:
+    return Claim(worker_id=WorkerId(worker_id), prefill_tokens=100, blocks=7, sent_at_s=sent_at_s)
+
+
+def test_a_worker_counts_as_idle_from_its_announcement() -> None:
+    registry = Registry()
+    registry.join(info("d"), 0.0)
+    worker = only_decode(registry)
+    assert (worker.requests, worker.queued_prefill_tokens, worker.free_blocks) == (0, 0, 64)
+
+
+def test_a_heartbeat_replaces_the_load_and_the_draining_flag() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    load = WorkerLoad(
+        running_requests=2,
+        waiting_requests=1,
+        queued_prefill_tokens=9,
+        free_blocks=5,
+        cached_blocks=3,
+    )
+    assert registry.heartbeat(WorkerId("d"), session, load, NOTHING, draining=True, now_s=0.5)
+    worker = only_decode(registry)
+    assert (worker.requests, worker.queued_prefill_tokens, worker.free_blocks) == (3, 9, 8)
+    assert worker.draining
+
+
+def test_what_an_older_session_still_says_is_ignored() -> None:
+    registry = Registry()
+    old = registry.join(info("d"), 0.0)
+    new = registry.join(info("d"), 1.0)
+    load = WorkerLoad(running_requests=9)
+    assert not registry.heartbeat(WorkerId("d"), old, load, NOTHING, draining=True, now_s=2.0)
+    assert not registry.leave(WorkerId("d"), old)
+    assert only_decode(registry).requests == 0
+    assert registry.leave(WorkerId("d"), new)
+    assert not registry.leave(WorkerId("d"), new)
+    assert registry.infos() == ()
+
+
+def test_cached_tokens_are_the_leading_blocks_that_the_worker_holds() -> None:
+    registry = Registry()
+    session = registry.join(info("d", block_size=4), 0.0)
+    tokens = list(range(18))
+    hashes = block_hashes(tokens, 4)
+
+    def beat(delta: PrefixDelta) -> int:
+        registry.heartbeat(WorkerId("d"), session, WorkerLoad(), delta, draining=False, now_s=1.0)
+        return only_decode(registry, hashes={4: hashes}).cached_tokens
+
+    assert beat(PrefixDelta(stored=(hashes[0], hashes[1], hashes[3]))) == 8
+    assert beat(PrefixDelta(stored=(hashes[2],))) == 16
+    assert beat(PrefixDelta(evicted=(hashes[1],))) == 4
+    assert beat(PrefixDelta(evicted=(hashes[0],))) == 0
+
+
+def test_hashes_are_looked_up_by_each_workers_block_size() -> None:
+    registry = Registry()
+    tokens = list(range(16))
+    for worker_id, size in (("d4", 4), ("d8", 8)):
+        session = registry.join(info(worker_id, block_size=size), 0.0)
+        stored = PrefixDelta(stored=tuple(block_hashes(tokens[:8], size)))
+        registry.heartbeat(
+            WorkerId(worker_id), session, WorkerLoad(), stored, draining=False, now_s=1.0
+        )
+    assert registry.block_sizes() == {4, 8}
+    view = registry.view({size: block_hashes(tokens, size) for size in (4, 8)}, 1.0)
+    assert [w.cached_tokens for w in view.decode] == [8, 8]
+
+
+def test_a_claim_weighs_at_once_and_its_release_takes_it_off() -> None:
+    registry = Registry()
+    registry.join(info("d"), 0.0)
+    held = claim()
+    registry.claim(held)
+    worker = only_decode(registry)
+    assert (worker.requests, worker.queued_prefill_tokens, worker.free_blocks) == (1, 100, 57)
+    registry.release(held)
+    registry.release(held)
+    assert only_decode(registry).requests == 0
+    assert registry.claimed_tokens() == 0
+
+
+def test_a_claim_gives_way_to_a_heartbeat_that_must_include_it() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+
+    def beat(now_s: float) -> int:
+        registry.heartbeat(
+            WorkerId("d"), session, WorkerLoad(), NOTHING, draining=False, now_s=now_s
+        )
+        return only_decode(registry).requests
+
+    registry.claim(claim(sent_at_s=0.2))
+    assert beat(0.5) == 1, "this report may have left before the call came"
+    assert beat(1.0) == 0
+
+
+def test_a_claim_that_is_not_sent_yet_outlasts_every_heartbeat() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    registry.claim(claim(sent_at_s=None))
+    for now_s in (0.5, 1.0, 1.5):
+        registry.heartbeat(
+            WorkerId("d"), session, WorkerLoad(), NOTHING, draining=False, now_s=now_s
+        )
+    assert only_decode(registry).requests == 1
+
+
+def test_a_claim_on_a_worker_that_left_is_nothing() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    held = claim()
+    registry.claim(held)
+    registry.leave(WorkerId("d"), session)
+    registry.join(info("d"), 1.0)
+    registry.claim(claim("gone"))
+    registry.release(held)
+    assert only_decode(registry).requests == 0
+
+
+def test_suspicion_ends_with_the_second_later_heartbeat() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    registry.suspect(WorkerId("d"), 0.2)
+    for now_s, suspect in ((0.5, True), (1.0, False)):
+        registry.heartbeat(
+            WorkerId("d"), session, WorkerLoad(), NOTHING, draining=False, now_s=now_s
+        )
+        assert only_decode(registry, now_s).suspect is suspect
+
+
+def test_suspicion_ends_with_time() -> None:
+    registry = Registry(suspicion_s=3.0)
+    registry.join(info("d"), 0.0)
+    registry.suspect(WorkerId("d"), 1.0)
+    registry.suspect(WorkerId("unknown"), 1.0)
+    assert only_decode(registry, 3.9).suspect
+    assert not only_decode(registry, 4.0).suspect
+
+
+def test_a_view_does_not_change_with_the_registry() -> None:
+    registry = Registry()
+    registry.join(info("p", Role.PREFILL), 0.0)
+    view = registry.view({}, 0.0)
+    registry.claim(claim("p"))
+    registry.join(info("d"), 0.0)
+    assert [w.requests for w in view.prefill] == [0]
+    assert view.decode == ()
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Whatever happens in whatever order, the books balance, and without claims nothing is claimed."""
+
+    names = st.sampled_from(["a", "b", "c"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = Registry()
+        self.now_s = 0.0
+        self.sessions: dict[str, int] = {}
+        self.claims: list[Claim] = []
+
+    @rule(name=names)
+    def join(self, name: str) -> None:
+        self.sessions[name] = self.registry.join(info(name), self.now_s)
+
+    @rule(name=names)
+    def leave(self, name: str) -> None:
+        session = self.sessions.pop(name, 0)
+        assert self.registry.leave(WorkerId(name), session) == (session > 0)
+
+    @rule(name=names, draining=st.booleans())
+    def heartbeat(self, name: str, draining: bool) -> None:  # noqa: FBT001
+        self.now_s += 0.5
+        session = self.sessions.get(name, 0)
+        known = self.registry.heartbeat(
+            WorkerId(name), session, WorkerLoad(), NOTHING, draining=draining, now_s=self.now_s
+        )
+        assert known == (session > 0)
+
+    @rule(name=names, sent=st.booleans())
+    def claim(self, name: str, sent: bool) -> None:  # noqa: FBT001
+        held = claim(name, sent_at_s=self.now_s if sent else None)
+        self.registry.claim(held)
+        self.claims.append(held)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.claims:
+            self.registry.release(self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1))))
+
+    @rule(name=names)
+    def suspect(self, name: str) -> None:
+        self.registry.suspect(WorkerId(name), self.now_s)
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.registry.check_integrity()
+        assert {i.worker_id for i in self.registry.infos()} == set(self.sessions)
+        most = sum(c.prefill_tokens + c.blocks for c in self.claims)
+        assert 0 <= self.registry.claimed_tokens() <= most
+
+    def teardown(self) -> None:
+        for held in self.claims:
+            self.registry.release(held)
+        assert self.registry.claimed_tokens() == 0
+
+
+TestRegistryMachine = RegistryMachine.TestCase
+TestRegistryMachine.settings = hypothesis_settings(max_examples=40, stateful_step_count=30)
