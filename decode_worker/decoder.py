@@ -103,7 +103,7 @@ class Decoder:
 
     async def run(self, job: DecodeJob) -> AsyncGenerator[JobEvent, None]:
         """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
-        with self._host.call():
+        with self._host.call() as outcome:
             own = self._engine.info.spec.digest
             if job.digest != own:
                 raise PreconditionError(f"this worker's KV digest is {own}, not {job.digest}")
@@ -119,6 +119,8 @@ class Decoder:
                         if job.source is not None:
                             yield await self._take_kv(job, job.source, progress, reader)
                     for told in self._tell(batch, job, progress):
+                        if isinstance(told, JobFinished):
+                            outcome.done()
                         yield told
 
     def _reserved(self, event: EngineEvent, progress: _Progress) -> JobReserved:

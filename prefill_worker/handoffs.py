@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from baton.errors import AlreadyExistsError, BatonError, PreconditionError
-from baton.transfer.base import Ready, Refused
+from baton.transfer.base import Ready, Refused, WireKV
 from baton.types import AttemptKey
 
 
@@ -25,6 +25,7 @@ class Handoff:
         """Length of the sequence: KV of tokens [0, num_tokens) is to be handed over."""
         self.kv_bytes = 0
         """Pulled so far."""
+        self._pieces: dict[tuple[int, int], WireKV] = {}
         self._outcome: asyncio.Future[Ready | Refused] = asyncio.get_running_loop().create_future()
         self._handed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pulling = 0
@@ -34,6 +35,14 @@ class Handoff:
         """The KV can be pulled."""
         if not self._outcome.done():
             self._outcome.set_result(ready)
+
+    def keep(self, first: int, kv: WireKV) -> None:
+        """Keeps a copy of tokens [first, first + T) for the pull that will ask for them."""
+        self._pieces[first, first + kv.shape[2]] = kv
+
+    def take(self, first: int, last: int) -> WireKV | None:
+        """The copy of just these tokens, once."""
+        return self._pieces.pop((first, last), None)
 
     def end(self, error: BatonError) -> None:
         """No KV can be pulled (any more); whoever waits learns why. The first end stands."""

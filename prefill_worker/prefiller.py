@@ -14,6 +14,7 @@ from baton.codec import chunk_of_tokens
 from baton.engine.base import (
     EngineEvent,
     EngineRequest,
+    Exported,
     Mode,
     Preempted,
     Progress,
@@ -32,7 +33,7 @@ from baton.errors import (
 )
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
-from baton.transfer.layout import seal_off_loop
+from baton.transfer.layout import seal_off_loop, split_range
 from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
 from prefill_worker.handoffs import Handoff, Handoffs
 
@@ -103,10 +104,10 @@ class Prefiller:
 
     async def run(self, job: PrefillJob) -> AsyncGenerator[JobEvent, None]:
         """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
-        with self._host.call():
+        with self._host.call() as outcome:
             self._check(job)
             progress = _Progress(opened_s=time.monotonic())
-            request = EngineRequest(job.key, job.sequence, Mode.PREFILL)
+            request = EngineRequest(job.key, job.sequence, Mode.PREFILL, self._pieces(job))
             with self._handoffs.attempt(job.key, len(job.sequence)) as handoff:
                 async with self._engine.open(request) as batches:
                     try:
@@ -114,6 +115,8 @@ class Prefiller:
                             handoff.raise_if_ended()
                             for event in batch:
                                 told = self._tell(event, job, progress, handoff)
+                                if progress.finished:
+                                    outcome.done()
                                 if told is not None:
                                     yield told
                             if isinstance(batch[-1], Token):
@@ -123,7 +126,9 @@ class Prefiller:
                         handoff.raise_if_ended()
                         raise
                     if not progress.finished:
-                        yield await self._hand_over(job, handoff)
+                        handed = await self._hand_over(job, handoff)
+                        outcome.done()
+                        yield handed
 
     async def release(self, key: AttemptKey) -> bool:
         """Ends the attempt's call, if it is here, and whatever waits for it. Idempotent."""
@@ -158,7 +163,9 @@ class Prefiller:
                 raise PreconditionError(f"no KV is held for attempt {request.key}")
             self._check_digest(request.digest)
             with handoff.pulling(request.first, request.last):
-                kv = await self._engine.export_kv(request.key, request.first, request.last)
+                kv = handoff.take(request.first, request.last)
+                if kv is None:
+                    kv = await self._engine.export_kv(request.key, request.first, request.last)
                 meta = await seal_off_loop(request, self._engine.info.spec, kv)
                 handoff.kv_bytes += kv.nbytes
                 return meta, kv
@@ -179,6 +186,16 @@ class Prefiller:
                 )
             )
 
+    def _pieces(self, job: PrefillJob) -> tuple[tuple[int, int], ...]:
+        """What decode will pull, where its settings are this worker's. Copied out with the first token, so that no pull waits for the
+        prompts that are computed next.
+        """
+        if job.skip_tokens == len(job.sequence):
+            return ()
+        token_bytes = self._engine.info.spec.token_bytes
+        limit = self._host.settings.max_pull_bytes
+        return tuple(split_range(job.skip_tokens, len(job.sequence), token_bytes, limit))
+
     def _check_digest(self, digest: str) -> None:
         own = self._engine.info.spec.digest
         if digest != own:
@@ -196,6 +213,8 @@ class Prefiller:
             return JobStarted(queue_s, event.cached_tokens)
         if isinstance(event, Progress):
             return JobProgress(event.computed_tokens)
+        if isinstance(event, Exported):
+            handoff.keep(event.first, event.kv)
         if isinstance(event, Token):
             prefill_s = now_s - progress.started_s
             computed = len(job.sequence) - progress.cached_tokens

@@ -6,7 +6,7 @@ resource is held under an `AttemptKey` and freed by `release`, which is idempote
 Life of a request in an engine, by mode:
 
     LOCAL    add → … Started → Progress* → Token → … Token(finish)
-    PREFILL  add → … Started → Progress* → Token → [KV held: export_kv] → release
+    PREFILL  add → … Started → Progress* → Exported* → Token → [KV held: export_kv] → release
     DECODE   add → … Reserved → [import_kv] → Token → … Token(finish)
 
 A Token with a finish reason is the last event of its key; the engine has then released LOCAL and DECODE requests by itself,
@@ -53,6 +53,10 @@ class EngineRequest:
     key: AttemptKey
     sequence: Sequence
     mode: Mode
+    export: tuple[tuple[int, int], ...] = ()
+    """PREFILL: token ranges [first, last) to copy out with the first token. What is asked for later, by `export_kv`, waits for the
+    step that runs then.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,15 @@ class Progress:
 
     key: AttemptKey
     computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exported:
+    """A copy of the KV that the request asked for in `export`; its owner is whoever reads the event."""
+
+    key: AttemptKey
+    first: int
+    kv: WireKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,7 @@ class Failed:
     error: BatonError
 
 
-EngineEvent = Reserved | Started | Progress | Token | Preempted | Failed
+EngineEvent = Reserved | Started | Progress | Exported | Token | Preempted | Failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from baton.engine.base import (
     EngineEvent,
     EngineInfo,
     EngineRequest,
+    Exported,
     Failed,
     Mode,
     Preempted,
@@ -101,6 +102,7 @@ class PagedEngine:
             raise InvalidRequestError(
                 FieldViolation("prompt", f"a token id is not in [0, {self._info.vocab_size})")
             )
+        assert all(0 <= first < last <= length for first, last in request.export)
         state = RequestState(request, self._info.block_size_tokens)
         self._requests[request.key] = state
         self._waiting.append(state)
@@ -282,7 +284,7 @@ class PagedEngine:
             if result is None:
                 events.append(Progress(state.key, state.num_computed))
             else:
-                events.append(self._settle(state, result))
+                events += self._settle(state, result)
         return events
 
     def _run_alone(self, row: BatchRow) -> Sampled | BatonError | None:
@@ -303,14 +305,20 @@ class PagedEngine:
             else None,
         )
 
-    def _settle(self, state: RequestState, sampled: Sampled) -> Token:
+    def _settle(self, state: RequestState, sampled: Sampled) -> list[EngineEvent]:
         index = state.append(sampled.token_id)
         finish = state.finish_reason(self._eos, self._info.max_context_tokens)
+        events: list[EngineEvent] = []
         if finish is not None:
             self.release(state.key)
         elif state.mode is Mode.PREFILL:
             self._running.remove(state)
             state.stage = Stage.HELD
+            for first, last in state.export:
+                events.append(
+                    Exported(state.key, first, self._runner.read_kv(state.table, first, last))
+                )
         elif not self._kv_cache:
             state.num_computed = 0
-        return Token(state.key, index, sampled.token_id, sampled.logprobs, finish)
+        events.append(Token(state.key, index, sampled.token_id, sampled.logprobs, finish))
+        return events

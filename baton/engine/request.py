@@ -34,6 +34,7 @@ class RequestState:
         sequence = request.sequence
         self.key: AttemptKey = request.key
         self.mode = request.mode
+        self.export = request.export
         self.params = sequence.sampling
         self.prompt = sequence.prompt
         self.output = list(sequence.generated)

@@ -45,6 +45,17 @@ class _Running:
     health: asyncio.Task[None]
 
 
+class CallOutcome:
+    """How a call ended, for the metrics: cancelled until it is done or fails."""
+
+    def __init__(self) -> None:
+        self.label = "cancelled"
+
+    def done(self) -> None:
+        """The caller is about to be told the last it waits for; it may cancel rather than read to the end."""
+        self.label = OK
+
+
 class WorkerHost:
     """See the module docstring."""
 
@@ -111,7 +122,7 @@ class WorkerHost:
         return info
 
     @contextmanager
-    def call(self) -> Iterator[None]:
+    def call(self) -> Iterator["CallOutcome"]:
         """Every call that needs the engine runs inside: counted for the drain, and by outcome. Raises `UnavailableError` where the
         worker does not take new ones.
         """
@@ -123,18 +134,17 @@ class WorkerHost:
             raise UnavailableError("the worker's engine has failed")
         self._calls += 1
         self._idle.clear()
-        outcome = "cancelled"
+        outcome = CallOutcome()
         try:
-            yield
-            outcome = OK
+            yield outcome
         except BatonError as error:
-            outcome = outcome_of(error)
+            outcome.label = outcome_of(error)
             raise
         except Exception:
-            outcome = "internal"
+            outcome.label = "internal"
             raise
         finally:
-            self.metrics.record_call(outcome)
+            self.metrics.record_call(outcome.label)
             self._calls -= 1
             if not self._calls:
                 self._idle.set()

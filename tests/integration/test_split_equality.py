@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from baton.engine.runner import TorchRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baton.engine.base import EngineRequest, Mode, Preempted, Reserved, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
+from baton.engine.runner import TorchRunner
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

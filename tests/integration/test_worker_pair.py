@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from prometheus_client import generate_latest
 
 from baton.errors import (
     AlreadyExistsError,
@@ -293,3 +294,17 @@ async def metrics_of(rig: Rig) -> str:
     writer.close()
     await writer.wait_closed()
     return text
+
+
+async def test_a_caller_that_leaves_after_the_last_word_is_no_cancellation() -> None:
+    async with worker_pair() as rig:
+        seq = sequence(20, max_tokens=3)
+        call = rig.decode_call(key("a"), seq, local=True)
+        async for response in call:
+            if response.WhichOneof("event") == "finished":
+                call.cancel()
+                break
+        await rig.settled()
+        metrics = generate_latest(rig.decode.host.metrics.registry).decode()
+    assert 'baton_worker_requests_total{outcome="ok",role="decode"} 1.0' in metrics
+    assert 'outcome="cancelled"' not in metrics

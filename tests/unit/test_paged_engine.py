@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence as Rows
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from baton.engine.base import (
     EngineEvent,
     EngineRequest,
+    Exported,
     Failed,
     Mode,
     Preempted,
@@ -249,6 +251,21 @@ def test_transfers_out_of_turn_are_refused() -> None:
         decode.import_kv(key(), 4, kv)
     with pytest.raises(PreconditionError, match="has arrived"):
         decode.start_decode(key(), 1)
+
+
+def test_asked_for_kv_comes_with_the_first_token_and_equals_a_later_export() -> None:
+    engine = build_sim_engine(replace(BIG, max_batch_tokens=32))
+    base = request(prompt_of(70), mode=Mode.PREFILL)
+    engine.add(replace(base, export=((16, 40), (40, 70))))
+    events = run(engine)
+    first, second, token = events[-3:]
+    assert isinstance(first, Exported)
+    assert isinstance(second, Exported)
+    assert isinstance(token, Token)
+    assert (first.first, second.first) == (16, 40)
+    copies = np.concatenate([first.kv, second.kv], axis=2)
+    assert np.array_equal(copies, engine.export_kv(key(), 16, 70))
+    assert engine.load().in_flight_blocks == 5, "the blocks stay held"
 
 
 class FailingRunner(SimRunner):

@@ -1,0 +1,115 @@
+# The only door: `make help` lists what it opens. Needs GNU make and Python 3.11, nothing else; everything is installed into
+# $(VENV).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The one place that pins torch is pyproject.toml.
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+CODE := baton router prefill_worker decode_worker tests benchmarks training
+PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
+
+ARGS ?=
+
+.PHONY: help demo serve test presubmit bench protos fmt install check lint types layers spelling protos-check pytest clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  ARGS=... passes arguments on: make serve ARGS='--prefill 2 --decode 2', make test ARGS='-k cancel'"
+
+demo: $(VENV)/.worker ## Ask the shipped model several questions at once, with prefill and decode in different processes
+	@$(BIN)/baton demo $(ARGS)
+
+serve: $(VENV)/.worker ## Serve a model on this machine until Ctrl-C
+	@$(BIN)/baton serve $(ARGS)
+
+test: check pytest ## Everything CI checks: style, types, import rules, spelling, protos, tests
+
+presubmit: fmt test ## Format, then test: run before each commit
+
+bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
+	@for script in $$(grep -l __main__ benchmarks/*.py); do \
+		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
+
+protos: $(VENV)/.dev ## Regenerate baton/v1 from protos/
+	@$(call generate,.)
+
+fmt: $(VENV)/.dev ## Format the code and the protos, and fix what the linter can
+	@$(BIN)/ruff format -q .
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/buf format -w
+
+install: $(VENV)/.dev ## Install everything that the other targets need
+
+clean: ## Remove caches and the environment
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+
+# The parts of `make test`, each runnable alone.
+
+check: lint types layers spelling protos-check
+
+lint: $(VENV)/.dev
+	@echo "== ruff"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	@echo "== mypy --strict"
+	@$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	@echo "== import rules"
+	@$(BIN)/lint-imports
+
+spelling: $(VENV)/.dev
+	@echo "== codespell"
+	@$(BIN)/codespell $(CODE) protos $(PROSE)
+
+protos-check: $(VENV)/.dev
+	@echo "== protos: buf lint, format, and generated stubs"
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(call generate,"$$fresh"); \
+	diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/baton/v1" baton/v1 \
+		|| { echo "baton/v1 differs from protos/: run 'make protos'"; exit 1; }
+
+pytest: $(VENV)/.dev
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+# $(1): where to put baton/v1. A file without services has no use for its empty gRPC module.
+define generate
+$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) protos/baton/v1/*.proto \
+	&& for proto in protos/baton/v1/*.proto; do \
+		grep -q '^service ' "$$proto" || rm -f $(1)/baton/v1/"$$(basename "$$proto" .proto)_pb2_grpc.py"; done
+endef
+
+# Stamps: installed once, and again when pyproject.toml changes.
+
+$(VENV)/.pip:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is not on the PATH; install it, or set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Baton needs Python 3.11 or newer; set PYTHON=...")'
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.worker: $(VENV)/.pip pyproject.toml
+	@echo "== installing Baton with its worker (torch, Ray)"
+	@$(PIP) install -q '$(TORCH)'
+	@$(PIP) install -q -e '.[worker]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.worker
+	@echo "== installing the development tools"
+	@$(PIP) install -q -e '.[worker]' --group dev
+	@touch $@

@@ -1,0 +1,122 @@
+"""What `baton serve` tells its terminal: progress while workers start, the banner, and events of the fleet afterwards.
+
+All of it goes to stderr. Where stdout is no terminal, it gets one line for scripts: `ready 127.0.0.1:50051`.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+from baton import __version__
+from baton.cli.config import ServeConfig
+from baton.service.settings import LogFormat
+from baton.types import WorkerInfo
+
+
+class Announcer:
+    """Speaks to people, or with JSON logs to machines. Used on the serve process's event loop only."""
+
+    def __init__(self, console: Console, log_format: LogFormat) -> None:
+        self._console = console
+        self._json = log_format is LogFormat.JSON
+        self._status: Status | None = None
+        self._began_s = time.monotonic()
+
+    @contextmanager
+    def starting(self, step: str) -> Iterator[None]:
+        """Shows that something is under way: a spinner on a terminal, a line elsewhere."""
+        if self._json or not self._console.is_terminal:
+            self.event(step)
+            yield
+            return
+        with self._console.status(f"[bold]{escape(step)}[/]") as self._status:
+            yield
+        self._status = None
+
+    def event(self, message: str, *, style: str = "dim") -> None:
+        """One line about the fleet."""
+        if self._json:
+            self._write_json("event", message=message)
+        else:
+            elapsed_s = time.monotonic() - self._began_s
+            self._console.print(
+                f"[dim]{elapsed_s:6.1f} s[/]  [{style}]{escape(message)}[/]", soft_wrap=True
+            )
+
+    def banner(self, config: ServeConfig, workers: Sequence[WorkerInfo]) -> None:
+        """Everything that one wants to know of a deployment."""
+        settings = effective(config)
+        if self._json:
+            self._write_json("config", **settings)
+            return
+        first = workers[0]
+        self._console.print(f"\n[bold]Baton {__version__}[/]  {escape(first.model)}")
+        grid = Table.grid(padding=(0, 2))
+        spec = first.spec
+        grid.add_row(
+            "model",
+            f"{spec.dtype.value} on {first.device}, {spec.num_layers} layers, vocabulary {first.vocab_size}, "
+            f"context {first.max_context_tokens} tokens, weights {spec.model_fingerprint[:12]}",
+        )
+        grid.add_row(
+            "router",
+            f"{config.address}  [dim]metrics http://{_host(config)}:{config.metrics_port}/metrics[/]",
+        )
+        for worker in workers:
+            grid.add_row(worker.role.value, _describe(worker))
+        grid.add_row(
+            "config", escape(" ".join(f"{name}={value}" for name, value in settings.items()))
+        )
+        self._console.print(grid)
+
+    def ready(self, config: ServeConfig) -> None:
+        """The line that scripts wait for."""
+        elapsed_s = time.monotonic() - self._began_s
+        if self._json:
+            self._write_json("ready", address=config.address, seconds=round(elapsed_s, 3))
+        else:
+            self._console.print(
+                f"\n[bold green]ready[/] in {elapsed_s:.1f} s. Ask: [bold]baton chat --address {config.address}[/]; "
+                "Ctrl-C drains and stops.\n",
+                soft_wrap=True,
+            )
+            if not sys.stdout.isatty():
+                print(f"ready {config.address}", flush=True)
+
+    def _write_json(self, kind: str, **fields: object) -> None:
+        line = json.dumps({"time": time.time(), "kind": kind, **fields}, default=str)
+        print(line, file=sys.stdout if kind == "ready" else sys.stderr, flush=True)
+
+
+def _host(config: ServeConfig) -> str:
+    return config.address.rpartition(":")[0]
+
+
+def _describe(worker: WorkerInfo) -> str:
+    tokens = worker.num_blocks * worker.block_size_tokens
+    pool = tokens * worker.spec.token_bytes / 2**20
+    metrics = f", metrics http://{worker.metrics_address}/metrics" if worker.metrics_address else ""
+    return (
+        f"{worker.address}  KV pool {tokens:,} tokens ({worker.num_blocks:,} blocks of {worker.block_size_tokens}, "
+        f"{pool:,.0f} MiB)  [dim]{escape(worker.worker_id)}, pid {worker.pid}{metrics}[/]"
+    )
+
+
+def effective(config: ServeConfig) -> dict[str, object]:
+    """Every setting by name, as resolved; enums by their value."""
+    named: dict[str, object] = {}
+    for group in (config, config.engine):
+        for each in dataclasses.fields(group):
+            value: object = getattr(group, each.name)
+            if each.name != "engine":
+                named[each.name] = value.value if isinstance(value, Enum) else value
+    return named

@@ -1,0 +1,103 @@
+"""What `baton serve` runs: the resolved form of its command line. Torch-free and Ray-free."""
+
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import baton
+from baton.engine.config import EngineConfig
+from baton.engine.sim import SimConfig
+from baton.errors import UnavailableError
+from baton.service.settings import LogFormat, LogLevel, WorkerSettings
+from baton.types import Role
+
+
+class Transport(Enum):
+    """How KV goes from prefill to decode."""
+
+    RAY = "ray"
+    """Workers are Ray actors, each in a process of its own; KV crosses through the object store."""
+    MEMORY = "memory"
+    """Router and workers share this process; KV is copied from pool to pool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """One machine's whole deployment."""
+
+    engine: EngineConfig | SimConfig
+    """Which engine each worker builds."""
+    tokenizer: str
+    """Directory or hub id of the checkpoint whose tokenizer and chat template are served."""
+    prefill: int = 1
+    """Prefill workers; 0 lets the decode workers compute prompts themselves."""
+    decode: int = 1
+    """Decode workers."""
+    transport: Transport = Transport.RAY
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 9464
+    """The router's; workers take free ports."""
+    object_store_bytes: int | None = None
+    """Size of Ray's object store; None is sized from the machine."""
+    local_prefill_tokens: int | None = None
+    """Prompts of which decode lacks at most so many tokens skip prefill workers; None is the router's default."""
+    drain_grace_s: float = 30.0
+    """How long running requests may go on after a stop signal."""
+    log_format: LogFormat = LogFormat.PLAIN
+    log_level: LogLevel = LogLevel.WARNING
+
+    @property
+    def address(self) -> str:
+        """Where clients on this machine find the router."""
+        host = "127.0.0.1" if self.host in {"0.0.0.0", "::", ""} else self.host  # noqa: S104 - compared
+        return f"{host}:{self.port}"
+
+    def workers(self, environ: Mapping[str, str]) -> tuple[tuple[Role, WorkerSettings], ...]:
+        """Role and settings of each worker, prefill first. What has no option here comes from `BATON_*` variables."""
+        slots = [(Role.PREFILL, i) for i in range(self.prefill)]
+        slots += [(Role.DECODE, i) for i in range(self.decode)]
+        return tuple((role, self._worker(f"{role.value}-{i}", environ)) for role, i in slots)
+
+    def _worker(self, name: str, environ: Mapping[str, str]) -> WorkerSettings:
+        return WorkerSettings.from_env(
+            environ,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=0,
+            worker_id=name,
+            transfer_address=name,
+            routers=(self.address,),
+            drain_grace_s=self.drain_grace_s,
+            log_format=self.log_format,
+            log_level=self.log_level,
+        )
+
+
+def shipped_model() -> Path:
+    """The small trained model in the package."""
+    return Path(baton.__file__).parent / "models" / "tales"
+
+
+def with_ports(config: ServeConfig) -> ServeConfig:
+    """Replaces port 0 by free ones, so that a restarted router comes back at its old address. Raises `UnavailableError` where a port is
+    taken.
+    """
+    with ExitStack() as held:
+        ports = [_bind(config.host, port, held) for port in (config.port, config.metrics_port)]
+    return replace(config, port=ports[0], metrics_port=ports[1])
+
+
+def _bind(host: str, port: int, held: ExitStack) -> int:
+    probe = held.enter_context(socket.socket())
+    # As servers do: connections of an earlier run that still linger do not count.
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    bound: int = probe.getsockname()[1]
+    return bound

@@ -1,0 +1,87 @@
+"""`baton serve` in one process: router and workers on one event loop, each worker's engine on its own thread, KV copied from pool to
+pool. The services are the same as over Ray; only the transport differs.
+"""
+
+import asyncio
+import os
+from functools import partial
+
+from baton.cli.banner import Announcer
+from baton.cli.config import ServeConfig
+from baton.cli.engines import build_engine
+from baton.cli.router_process import environment
+from baton.engine.aio import AsyncEngine
+from baton.errors import InternalError
+from baton.service.groups import first_error
+from baton.service.settings import RouterSettings, WorkerSettings
+from baton.transfer.credits import ByteCredits
+from baton.transfer.memory import MemorySources, MemoryTransport
+from baton.types import Role, WorkerInfo
+from decode_worker.worker import DecodeWorker
+from prefill_worker.worker import PrefillWorker
+from router.app import RouterApp, load_tokenizer
+
+
+class MemoryFleet:
+    """A `baton.cli.serving.Fleet`."""
+
+    def __init__(self, config: ServeConfig, announcer: Announcer) -> None:
+        self._config = config
+        self._announcer = announcer
+        self._router: RouterApp | None = None
+        self._sources = MemorySources()
+        self._workers: list[PrefillWorker | DecodeWorker] = []
+
+    async def start(self) -> tuple[WorkerInfo, ...]:
+        settings = RouterSettings.from_env(environment(self._config))
+        router = RouterApp(settings, await asyncio.to_thread(load_tokenizer, settings))
+        await router.start()
+        self._router = router
+        self._workers = [
+            self._worker(role, worker) for role, worker in self._config.workers(os.environ)
+        ]
+        with self._announcer.starting(f"loading the model into {len(self._workers)} workers"):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    starts = [group.create_task(worker.start()) for worker in self._workers]
+            except BaseExceptionGroup as errors:
+                raise first_error(errors) from errors
+        return tuple(start.result() for start in starts)
+
+    async def keep_alive(self) -> None:
+        """An engine that failed takes its process along, and here that is everything. Raises `InternalError`."""
+        async with asyncio.TaskGroup() as group:
+            failures = [group.create_task(worker.host.failed()) for worker in self._workers]
+            await asyncio.wait(failures, return_when=asyncio.FIRST_COMPLETED)
+            for failure in failures:
+                failure.cancel()
+        raise InternalError("an engine failed; see the log above")
+
+    async def stop(self, grace_s: float) -> None:
+        router, self._router = self._router, None
+        try:
+            if router is not None and grace_s:
+                await router.drain(grace_s)
+            async with asyncio.TaskGroup() as group:
+                for worker in self._workers:
+                    group.create_task(_end(worker, grace_s))
+        finally:
+            if router is not None:
+                await router.stop()
+
+    def _worker(self, role: Role, settings: WorkerSettings) -> PrefillWorker | DecodeWorker:
+        engine = AsyncEngine(partial(build_engine, self._config.engine), name=settings.worker_id)
+        if role is Role.PREFILL:
+            worker = PrefillWorker(settings, engine)
+            self._sources.add(settings.transfer_address, worker)
+            return worker
+        budget = ByteCredits(settings.kv_credit_bytes)
+        return DecodeWorker(settings, engine, MemoryTransport(self._sources, budget))
+
+
+async def _end(worker: PrefillWorker | DecodeWorker, grace_s: float) -> None:
+    try:
+        if grace_s:
+            await worker.drain(grace_s)
+    finally:
+        await worker.stop()

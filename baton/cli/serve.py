@@ -1,0 +1,254 @@
+"""`baton serve`: router and workers on this machine."""
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from baton.cli.config import ServeConfig, Transport, shipped_model, with_ports
+from baton.cli.console import EXIT_FAILED, reported
+from baton.cli.serving import run
+from baton.engine.config import EngineConfig, load_model_config
+from baton.engine.sim import SimConfig
+from baton.errors import FieldViolation, InvalidRequestError
+from baton.service.settings import LogFormat, LogLevel
+
+
+class EngineKind(Enum):
+    """What computes the tokens."""
+
+    TORCH = "torch"
+    SIM = "sim"
+
+
+SIMULATED_POOL_TOKENS = 65536
+MODEL = "Model"
+FLEET = "Fleet"
+SERVER = "Server"
+
+
+def serve(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A Hugging Face directory or hub id.",
+            show_default="the small model that ships with Baton",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.",
+            show_default="the checkpoint's; float32 for the shipped model",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=MODEL)] = "cpu",
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest sequence in tokens.", show_default="the model's", rich_help_panel=MODEL
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineKind,
+        typer.Option(
+            help="sim answers without a model, from a simulated engine: for trying out everything else.",
+            rich_help_panel=MODEL,
+        ),
+    ] = EngineKind.TORCH,
+    prefill: Annotated[
+        int,
+        typer.Option(
+            "--prefill",
+            "-p",
+            min=0,
+            help="Prefill workers; 0 leaves prompts to the decode workers.",
+            rich_help_panel=FLEET,
+        ),
+    ] = 1,
+    decode: Annotated[
+        int, typer.Option("--decode", "-d", min=1, help="Decode workers.", rich_help_panel=FLEET)
+    ] = 1,
+    transport: Annotated[
+        Transport | None,
+        typer.Option(
+            help="ray: a process for each worker, KV through the object store. memory: everything in this process.",
+            show_default="ray, or memory without prefill workers",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV pool of each worker, in tokens.",
+            show_default="sized from memory",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=FLEET)
+    ] = 16,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Most tokens in one step: the prefill chunk.", rich_help_panel=FLEET
+        ),
+    ] = 512,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Most sequences in one step.", rich_help_panel=FLEET)
+    ] = 64,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of each worker.",
+            show_default="the cores, shared out",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Reuse the KV of shared prefixes.",
+            rich_help_panel=FLEET,
+        ),
+    ] = True,
+    kv_cache: Annotated[
+        bool,
+        typer.Option(
+            "--kv-cache/--no-kv-cache",
+            help="Off recomputes every token in each step; needs --prefill 0.",
+            rich_help_panel=FLEET,
+        ),
+    ] = True,
+    local_prefill_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Decode computes prompts itself when it lacks at most so many tokens of them.",
+            show_default="the router's default",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
+    object_store_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=100,
+            help="Size of Ray's object store.",
+            show_default="sized from memory",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="The router's port; 0 takes a free one.", rich_help_panel=SERVER)
+    ] = 50051,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            help="The router's Prometheus port; 0 takes a free one.", rich_help_panel=SERVER
+        ),
+    ] = 9464,
+    drain_grace: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that running requests get after a stop signal.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 30.0,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="One JSON object a line.", rich_help_panel=SERVER)
+    ] = False,
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(help="Least severe lines of the services' logs.", rich_help_panel=SERVER),
+    ] = LogLevel.WARNING,
+) -> None:
+    """Serve a model on this machine: router, prefill workers, decode workers.
+
+    When everything answers, a line "ready HOST:PORT" goes to standard
+    output, unless that is a terminal. Ctrl-C or SIGTERM drains: running
+    requests finish, then nothing is left running. A second signal stops
+    at once.
+
+    [bold]Examples[/]
+
+      baton serve
+
+      baton serve --model ./SmolLM2-135M --dtype bfloat16 --prefill 2 --decode 2
+
+      baton serve --prefill 0 --decode 1        [dim]# one engine, no handoff[/]
+
+      baton serve --transport memory --port 0   [dim]# one process, any free port[/]
+
+      baton serve --engine sim --prefill 8 --decode 8 --transport memory
+    """
+    with reported(asking=False):
+        if not kv_cache and prefill > 0:
+            raise InvalidRequestError(
+                FieldViolation("--no-kv-cache", "has nothing to hand over: add --prefill 0")
+            )
+        source = model if model is not None else str(shipped_model())
+        # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
+        kept = dtype if dtype is not None or model is not None else "float32"
+        shared_out = threads or max(1, (os.cpu_count() or 1) // (prefill + decode))
+        chosen = EngineConfig(
+            model=source,
+            dtype=kept,
+            device=device,
+            block_size_tokens=block_size,
+            kv_pool_tokens=kv_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
+            max_context_tokens=max_context,
+            threads=shared_out,
+            prefix_cache=prefix_cache,
+            kv_cache=kv_cache,
+        )
+        config = ServeConfig(
+            engine=_simulated(chosen) if engine is EngineKind.SIM else chosen,
+            tokenizer=source,
+            prefill=prefill,
+            decode=decode,
+            transport=transport or (Transport.RAY if prefill else Transport.MEMORY),
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            object_store_bytes=None if object_store_mib is None else object_store_mib * 2**20,
+            local_prefill_tokens=local_prefill_tokens,
+            drain_grace_s=drain_grace,
+            log_format=LogFormat.JSON if json_logs else LogFormat.PLAIN,
+            log_level=log_level,
+        )
+        clean = run(with_ports(config))
+    if not clean:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _simulated(chosen: EngineConfig) -> SimConfig:
+    """With the vocabulary and context of the checkpoint whose tokenizer is served."""
+    model = load_model_config(Path(chosen.model))
+    tokens = chosen.kv_pool_tokens or SIMULATED_POOL_TOKENS
+    return SimConfig(
+        model=Path(chosen.model).resolve().name,
+        vocab_size=model.vocab_size,
+        max_context_tokens=chosen.max_context_tokens or model.max_position_tokens,
+        eos_token_ids=model.eos_token_ids,
+        block_size_tokens=chosen.block_size_tokens,
+        num_blocks=max(1, tokens // chosen.block_size_tokens),
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_running=chosen.max_running,
+        prefix_cache=chosen.prefix_cache,
+    )

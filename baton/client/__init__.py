@@ -1,0 +1,44 @@
+"""The public Python client: typed, streaming, sync and async. It needs neither torch nor Ray, and shows no protobuf type.
+
+    python -c '
+    from baton.client import Client
+    with Client("127.0.0.1:50051") as client:
+        with client.generate("Once upon a time") as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+        print(stream.result.usage)'
+
+Failures are the exceptions of `baton.errors`.
+"""
+
+from baton.client.aio import AsyncClient, AsyncStream
+from baton.client.sync import Client, Stream
+from baton.client.types import (
+    Attempt,
+    ChatMessage,
+    Chunk,
+    ConnectionOptions,
+    ModelInfo,
+    Prompt,
+    Result,
+    SamplingOptions,
+    Timings,
+    Usage,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Attempt",
+    "ChatMessage",
+    "Chunk",
+    "Client",
+    "ConnectionOptions",
+    "ModelInfo",
+    "Prompt",
+    "Result",
+    "SamplingOptions",
+    "Stream",
+    "Timings",
+    "Usage",
+]

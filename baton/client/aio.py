@@ -1,0 +1,160 @@
+"""The asyncio client. Everything belongs to the event loop in which the `AsyncClient` was made."""
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+
+from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
+from baton.client.wire import (
+    Collector,
+    channel_options,
+    generate_request,
+    model_info,
+    new_request_id,
+)
+from baton.service.status import error_from_rpc
+from baton.v1 import inference_pb2 as pb
+from baton.v1.inference_pb2_grpc import InferenceServiceStub
+
+
+class AsyncStream:
+    """One running request: iterate it for chunks, then ask for `result`. Leaving its context before the end, or cancelling the
+    task that iterates it, cancels the request on every worker.
+    """
+
+    def __init__(
+        self,
+        call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]",
+        request_id: str,
+    ) -> None:
+        self.request_id = request_id
+        self._call = call
+        self._collector = Collector()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        try:
+            async for response in self._call:
+                chunk = self._collector.add(response)
+                if chunk is not None:
+                    yield chunk
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        self._collector.check_ended()
+
+    async def read(self) -> Result:
+        """Waits for the end."""
+        async for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> Result:
+        """Set once iteration has ended."""
+        if self._collector.result is None:
+            raise RuntimeError("the result is known once the stream has been read to its end")
+        return self._collector.result
+
+    @property
+    def seed(self) -> int | None:
+        """The seed in use; None until the router has accepted the request."""
+        return self._collector.seed
+
+    def close(self) -> None:
+        """Cancels the request if it runs. Idempotent."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """A connection to a router.
+
+    python -c '
+    import asyncio
+    from baton.client import AsyncClient
+    async def main():
+        async with AsyncClient("127.0.0.1:50051") as client:
+            prompts = ["Once upon a time", "The cat"]
+            for answer in await asyncio.gather(*map(client.complete, prompts)):
+                print(answer.text)
+    asyncio.run(main())'
+    """
+
+    def __init__(
+        self, address: str = "127.0.0.1:50051", *, connection: ConnectionOptions | None = None
+    ) -> None:
+        """Connects on first use. `address` is host:port, or any target that gRPC resolves."""
+        options = channel_options(connection or ConnectionOptions())
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._stub = InferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingOptions | None = None,
+        request_id: str | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncStream:
+        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
+        name = request_id if request_id is not None else new_request_id()
+        request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
+        return AsyncStream(self._stub.Generate(request, timeout=timeout_s), name)
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingOptions | None = None,
+        request_id: str | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Result:
+        """The whole answer at once."""
+        async with self.generate(
+            prompt, sampling=sampling, request_id=request_id, model=model, timeout_s=timeout_s
+        ) as stream:
+            return await stream.read()
+
+    async def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
+        """Ends a running request, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none runs."""
+        try:
+            await self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
+        """Describes the served model and the workers that serve it now."""
+        try:
+            response = await self._stub.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return model_info(response)
+
+    async def close(self) -> None:
+        """Cancels what runs. Idempotent."""
+        await self._channel.close(grace=None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

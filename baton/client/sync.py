@@ -1,0 +1,154 @@
+"""The blocking client. A `Client` may be shared by threads; a `Stream` belongs to the thread that iterates it, but any thread
+may `close` it.
+"""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
+from baton.client.wire import (
+    Collector,
+    channel_options,
+    generate_request,
+    model_info,
+    new_request_id,
+)
+from baton.service.status import error_from_rpc
+from baton.v1 import inference_pb2 as pb
+from baton.v1.inference_pb2_grpc import InferenceServiceStub
+
+
+class Stream:
+    """One running request: iterate it for chunks, then ask for `result`. Leaving its context before the end cancels the request
+    on every worker.
+    """
+
+    def __init__(self, call: "grpc.CallIterator[pb.GenerateResponse]", request_id: str) -> None:
+        self.request_id = request_id
+        self._call = call
+        self._collector = Collector()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            for response in self._call:
+                chunk = self._collector.add(response)
+                if chunk is not None:
+                    yield chunk
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        self._collector.check_ended()
+
+    def read(self) -> Result:
+        """Waits for the end."""
+        for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> Result:
+        """Set once iteration has ended."""
+        if self._collector.result is None:
+            raise RuntimeError("the result is known once the stream has been read to its end")
+        return self._collector.result
+
+    @property
+    def seed(self) -> int | None:
+        """The seed in use; None until the router has accepted the request."""
+        return self._collector.seed
+
+    def close(self) -> None:
+        """Cancels the request if it runs. Idempotent."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """A connection to a router.
+
+    python -c '
+    from baton.client import Client, SamplingOptions
+    with Client("127.0.0.1:50051") as client:
+        answer = client.complete("Once upon a time", sampling=SamplingOptions(max_tokens=32))
+        print(answer.text, answer.finish_reason, answer.timings.first_token_at_s)'
+    """
+
+    def __init__(
+        self, address: str = "127.0.0.1:50051", *, connection: ConnectionOptions | None = None
+    ) -> None:
+        """Connects on first use. `address` is host:port, or any target that gRPC resolves."""
+        options = channel_options(connection or ConnectionOptions())
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._stub = InferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingOptions | None = None,
+        request_id: str | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
+        name = request_id if request_id is not None else new_request_id()
+        request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
+        return Stream(self._stub.Generate(request, timeout=timeout_s), name)
+
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: SamplingOptions | None = None,
+        request_id: str | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Result:
+        """The whole answer at once."""
+        with self.generate(
+            prompt, sampling=sampling, request_id=request_id, model=model, timeout_s=timeout_s
+        ) as stream:
+            return stream.read()
+
+    def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
+        """Ends a running request, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none runs."""
+        try:
+            self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
+        """Describes the served model and the workers that serve it now."""
+        try:
+            return model_info(
+                self._stub.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+
+    def close(self) -> None:
+        """Cancels what runs. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,167 @@
+"""What callers of the client give and get. Pure data; immutable."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from baton.types import FinishReason, PositionLogprobs, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
+"""Text, token ids of the served model, or a conversation that the model's chat template renders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen. None leaves the choice to the server; out-of-range values raise `InvalidRequestError` on use."""
+
+    max_tokens: int | None = None
+    """Default: what the context has left after the prompt."""
+    min_tokens: int = 0
+    """No stop is honoured before this many tokens."""
+    temperature: float | None = None
+    """0 is greedy. Default 1."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 is off."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens with this probability. Default 1."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens of the prompt and the output less likely. Default 1."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time a token is in the output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    seed: int | None = None
+    """The same seed gives the same tokens. Default: drawn by the server and told in the result."""
+    stop: Sequence[str] = ()
+    """The answer ends before the first of these strings."""
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    """Generate on past the model's end-of-sequence tokens."""
+    logprobs: int | None = None
+    """Report log-probabilities, with this many alternatives for each token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOptions:
+    """How the channel behaves."""
+
+    keepalive_s: float | None = 30.0
+    """Interval of pings while a call is open, so that a silently lost server is noticed; None sends none. Servers end connections
+    that ping more often than they permit.
+    """
+    keepalive_timeout_s: float = 20.0
+    """How long a ping may stay unanswered before the connection counts as lost."""
+    max_message_bytes: int = 16 * 1024 * 1024
+    """Largest message accepted from the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New output. The texts of all chunks, joined, are the answer. Text may lag behind the tokens, so either can be empty."""
+
+    text: str
+    first_index: int
+    """Output position of the first token."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    """One for each token where they were asked for, else empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens counted."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from a prefix cache."""
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went: instants in seconds since the router received the request, None where a stage did not happen."""
+
+    admitted_at_s: float | None
+    placed_at_s: float | None
+    """Workers were chosen."""
+    reserved_at_s: float | None
+    """Decode held the blocks for the whole prompt."""
+    prefill_started_at_s: float | None
+    first_token_at_s: float | None
+    kv_received_at_s: float | None
+    """Decode held the prompt's KV."""
+    last_token_at_s: float | None
+    finished_at_s: float | None
+    prefill_queue_s: float
+    """In the prefill engine's queue, by the worker's clock."""
+    prefill_s: float
+    """Computing the prompt, by the worker's clock."""
+    handoff_s: float
+    """From the end of prefill to the KV in decode's pool."""
+    handoff_bytes: int
+    preemptions: int
+    """Times that decode ran out of blocks and recomputed this request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One try on a pair of workers; the last one of a finished request succeeded."""
+
+    prefill_worker: str
+    """Empty where decode computed the prompt itself."""
+    decode_worker: str
+    failure: str
+    """Why it was given up; empty for the one that succeeded."""
+    resumed_tokens: int
+    """Tokens the client already had when it began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished request."""
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    """The output, with the token that stopped it where one did."""
+    logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason
+    stop_string: str | None
+    """The stop string that ended it, where one did."""
+    stop_token_id: int | None
+    """The stop or end-of-sequence token that ended it, where one did."""
+    seed: int
+    """Repeating the request with this seed repeats its tokens."""
+    usage: Usage
+    timings: Timings
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The served model, and who serves it now."""
+
+    model: str
+    fingerprint: str
+    """Identifies the weights."""
+    dtype: str
+    vocab_size: int
+    max_context_tokens: int
+    """Longest sequence, prompt and output together."""
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    workers: tuple[WorkerInfo, ...]

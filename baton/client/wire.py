@@ -1,0 +1,219 @@
+"""Between the client's types and the messages of `baton.v1`: requests out, answers in. No I/O; the sync and the async client
+share it.
+"""
+
+import uuid
+from collections.abc import Callable
+from functools import partial
+
+from baton.client.types import (
+    Attempt,
+    ChatMessage,
+    Chunk,
+    ConnectionOptions,
+    ModelInfo,
+    Prompt,
+    Result,
+    SamplingOptions,
+    Timings,
+    Usage,
+)
+from baton.codec import chunk_from_proto, finish_reason_from_proto, worker_info_from_proto
+from baton.errors import FieldViolation, InternalError, InvalidRequestError
+from baton.types import PositionLogprobs
+from baton.v1 import common_pb2
+from baton.v1 import inference_pb2 as pb
+
+
+def channel_options(options: ConnectionOptions) -> list[tuple[str, int]]:
+    """As gRPC names them."""
+    chosen = [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        # A server that has just come up is found within a second, whatever other clients of this process saw.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
+    if options.keepalive_s is not None:
+        chosen.append(("grpc.keepalive_time_ms", round(options.keepalive_s * 1000)))
+        chosen.append(("grpc.keepalive_timeout_ms", round(options.keepalive_timeout_s * 1000)))
+    return chosen
+
+
+def new_request_id() -> str:
+    """Made here rather than by the router, so that a request can be cancelled before its first answer."""
+    return f"c-{uuid.uuid4().hex}"
+
+
+def generate_request(
+    prompt: Prompt, *, request_id: str, model: str, sampling: SamplingOptions | None
+) -> pb.GenerateRequest:
+    """Raises `InvalidRequestError` for values that a message cannot carry; the router judges the rest."""
+    request = pb.GenerateRequest()
+    _assign("request_id", partial(setattr, request, "request_id", request_id))
+    _assign("model", partial(setattr, request, "model", model))
+    if isinstance(prompt, str):
+        _assign("text", partial(setattr, request, "text", prompt))
+    elif isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidRequestError(FieldViolation("text", "must be str, not bytes"))
+    elif any(isinstance(item, ChatMessage) for item in prompt):
+        _assign("chat", lambda: request.chat.messages.extend(map(_message, prompt)))
+    else:
+        request.tokens.SetInParent()
+        _assign("tokens", lambda: request.tokens.ids.extend(prompt))  # type: ignore[arg-type]
+    if sampling is not None:
+        _fill_sampling(request.sampling, sampling)
+    return request
+
+
+def _message(message: object) -> pb.ChatMessage:
+    if not isinstance(message, ChatMessage):
+        raise TypeError(f"expected ChatMessage, got {type(message).__name__}")
+    return pb.ChatMessage(role=message.role, content=message.content)
+
+
+def _fill_sampling(target: common_pb2.SamplingParams, sampling: SamplingOptions) -> None:
+    scalars = {
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "seed": sampling.seed,
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": sampling.logprobs,
+    }
+    target.SetInParent()
+    for name, value in scalars.items():
+        if value is not None:
+            _assign(f"sampling.{name}", partial(setattr, target, name, value))
+    _assign("sampling.logit_bias", lambda: target.logit_bias.update(sampling.logit_bias))
+    if isinstance(sampling.stop, str):
+        raise InvalidRequestError(FieldViolation("sampling.stop", "must be a list of strings"))
+    _assign("sampling.stop", lambda: target.stop.extend(sampling.stop))
+    _assign(
+        "sampling.stop_token_ids", lambda: target.stop_token_ids.extend(sampling.stop_token_ids)
+    )
+
+
+def _assign(field: str, act: Callable[[], None]) -> None:
+    """Protobuf refuses wrong types, numbers out of a field's range and text that is not Unicode; callers get one error for all."""
+    try:
+        act()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequestError(FieldViolation(field, str(error))) from error
+
+
+class Collector:
+    """Folds the events of one Generate call into chunks and, at the end, the result. Used by one thread or task at a time."""
+
+    def __init__(self) -> None:
+        self._accepted: pb.Accepted | None = None
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[PositionLogprobs] = []
+        self.result: Result | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """None until the router has accepted the request."""
+        return None if self._accepted is None else self._accepted.seed
+
+    def add(self, response: pb.GenerateResponse) -> Chunk | None:
+        """The chunk that the event brings, if it brings one."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                self._accepted = response.accepted
+            case "chunk":
+                return self._add_chunk(response.chunk)
+            case "finished":
+                self.result = self._finish(response.finished)
+            case None:
+                pass  # An event of a newer server.
+        return None
+
+    def check_ended(self) -> None:
+        """Called where the call ended with OK."""
+        if self.result is None:
+            raise InternalError("the server ended the call without finishing the request")
+
+    def _add_chunk(self, message: pb.Chunk) -> Chunk:
+        tokens = chunk_from_proto(message.tokens)
+        if tokens.token_ids and tokens.first_index != len(self._token_ids):
+            raise InternalError(
+                f"got tokens from position {tokens.first_index} on, expected {len(self._token_ids)}"
+            )
+        self._text.append(message.text)
+        self._token_ids.extend(tokens.token_ids)
+        self._logprobs.extend(tokens.logprobs)
+        return Chunk(message.text, tokens.first_index, tokens.token_ids, tokens.logprobs)
+
+    def _finish(self, message: pb.Finished) -> Result:
+        reason = finish_reason_from_proto(message.reason)
+        if reason is None or self._accepted is None:
+            raise InternalError("the server finished a request without accepting it or saying why")
+        stop = message.WhichOneof("stop_match")
+        return Result(
+            request_id=self._accepted.request_id,
+            model=self._accepted.model,
+            text="".join(self._text),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            finish_reason=reason,
+            stop_string=message.stop_string if stop == "stop_string" else None,
+            stop_token_id=message.stop_token_id if stop == "stop_token_id" else None,
+            seed=self._accepted.seed,
+            usage=Usage(
+                prompt_tokens=message.usage.prompt_tokens,
+                cached_tokens=message.usage.cached_tokens,
+                completion_tokens=message.usage.completion_tokens,
+            ),
+            timings=_timings(message.timings),
+            attempts=tuple(_attempt(report) for report in message.attempts),
+        )
+
+
+def _timings(message: pb.Timings) -> Timings:
+    # Zero on the wire is "did not happen".
+    return Timings(
+        admitted_at_s=message.admitted_at_seconds or None,
+        placed_at_s=message.placed_at_seconds or None,
+        reserved_at_s=message.reserved_at_seconds or None,
+        prefill_started_at_s=message.prefill_started_at_seconds or None,
+        first_token_at_s=message.first_token_at_seconds or None,
+        kv_received_at_s=message.kv_received_at_seconds or None,
+        last_token_at_s=message.last_token_at_seconds or None,
+        finished_at_s=message.finished_at_seconds or None,
+        prefill_queue_s=message.prefill_queue_seconds,
+        prefill_s=message.prefill_seconds,
+        handoff_s=message.handoff_seconds,
+        handoff_bytes=message.handoff_bytes,
+        preemptions=message.preemptions,
+    )
+
+
+def _attempt(report: pb.AttemptReport) -> Attempt:
+    return Attempt(
+        prefill_worker=report.prefill_worker,
+        decode_worker=report.decode_worker,
+        failure=report.failure,
+        resumed_tokens=report.resumed_tokens,
+    )
+
+
+def model_info(response: pb.GetModelResponse) -> ModelInfo:
+    """Of the answer to GetModel."""
+    return ModelInfo(
+        model=response.model,
+        fingerprint=response.fingerprint,
+        dtype=response.dtype,
+        vocab_size=response.vocab_size,
+        max_context_tokens=response.max_context_tokens,
+        eos_token_ids=tuple(response.eos_token_ids),
+        has_chat_template=response.has_chat_template,
+        workers=tuple(worker_info_from_proto(worker) for worker in response.workers),
+    )
