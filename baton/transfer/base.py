@@ -53,6 +53,8 @@ class PullRequest:
     """Tokens [first, last)."""
     digest: str
     """Decode's KV spec digest; prefill refuses any other than its own."""
+    timeout_s: float = 30.0
+    """When the source gives up; set by the transport, from the caller's. Decode's cancellation can get lost on its way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,269 @@
+"""Measures the KV handoff between two Ray actors on this machine against the least that a handoff could cost: two plain copies of
+the same bytes, out of one pool and into the other.
+
+    python benchmarks/handoff.py [--runs 15] [--piece-mib 16] [--out benchmarks/results/handoff.json]
+
+One handoff lasts from the end of prefill to the KV in decode's pool: decode, which waits for that end, is told, and pulls piece by
+piece; prefill copies a piece out of its pool and seals it, Ray carries it, decode verifies it and imports it into its pool. The
+pools are `baton.kv.pool.KVPool` with scattered blocks; copies to and from them run on one thread a side, as engines do. Both
+measures alternate, and rotate through pools or buffers larger than the cache, so that neither finds its bytes warm.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from baton.kv.pool import KVPool
+from baton.kv.spec import KVDtype, KVSpec
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.transfer.credits import ByteCredits
+from baton.transfer.endpoint import SourceEndpoint
+from baton.transfer.layout import seal_off_loop
+from baton.transfer.pieces import pull_pieces
+from baton.transfer.ray_runtime import LocalRaySettings, start_local
+from baton.transfer.ray_store import RayTransport
+from baton.types import AttemptKey, RequestId
+
+MIB = 1 << 20
+BLOCK_TOKENS = 16
+NAMESPACE = "handoff-benchmark"
+SPEC = KVSpec(
+    num_layers=16,
+    num_kv_heads=8,
+    head_dim=64,
+    dtype=KVDtype.BFLOAT16,
+    position_scheme="rope:theta=500000",
+    model_fingerprint="benchmark",
+)
+"""The cache of a one-billion-parameter model: 32 KiB a token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    payload_bytes: tuple[int, ...]
+    runs: int
+    piece_bytes: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Medians in milliseconds, and every run behind them."""
+
+    payload_bytes: int
+    handoff_ms: float
+    two_memcpys_ms: float
+    ratio: float
+    handoff_runs_ms: tuple[float, ...]
+    two_memcpys_runs_ms: tuple[float, ...]
+
+
+class Pools:
+    """A worker's pool, larger than the cache, and block tables that take turns in it."""
+
+    def __init__(self, payload_bytes: int) -> None:
+        blocks = -(-payload_bytes // (SPEC.token_bytes * BLOCK_TOKENS))
+        self.tables = [
+            list(range(i * blocks, (i + 1) * blocks)) for i in range(turns(payload_bytes))
+        ]
+        for table in self.tables:
+            random.Random(7).shuffle(table)
+        num_blocks = blocks * len(self.tables)
+        self.pool = KVPool(
+            SPEC, num_blocks=num_blocks, block_size_tokens=BLOCK_TOKENS, device="cpu"
+        )
+        self.pool.data.fill_(0.5)
+        self.thread = ThreadPoolExecutor(1)
+
+
+def turns(payload_bytes: int) -> int:
+    """Enough buffers that one's turn comes after the cache has forgotten it."""
+    return min(64, max(2, 256 * MIB // payload_bytes))
+
+
+class PoolSource:
+    """A `KVSource` whose prompt is computed 5 ms after decode asks for it."""
+
+    def __init__(self, payload_bytes: int) -> None:
+        self._pools = Pools(payload_bytes)
+
+    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        del key, timeout_s
+        await asyncio.sleep(0.005)  # decode asks before prefill is done
+        return Ready(first_token=0, done_unix_s=time.time())
+
+    async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        table = self._pools.tables[request.key.attempt % len(self._pools.tables)]
+        kv = await asyncio.get_running_loop().run_in_executor(
+            self._pools.thread, self._pools.pool.read_kv, table, request.first, request.last
+        )
+        return await seal_off_loop(request, SPEC, kv), kv
+
+
+class Prefill:
+    """The prefill worker's side."""
+
+    def __init__(self, payload_bytes: int) -> None:
+        self._endpoint = SourceEndpoint(PoolSource(payload_bytes))
+
+    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        return await self._endpoint.ready(key, timeout_s)
+
+    @ray.method(num_returns=2)
+    async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        return await self._endpoint.pull(request)
+
+
+class Decode:
+    """The decode worker's side, which holds the clock."""
+
+    def __init__(self, payload_bytes: int, settings: Settings) -> None:
+        self._payload_bytes = payload_bytes
+        self._settings = settings
+        self._pools = Pools(payload_bytes)
+        self._transport = RayTransport(ByteCredits(512 * MIB), NAMESPACE)
+        count = turns(payload_bytes)
+        self._buffers = [np.ones(payload_bytes, np.uint8) for _ in range(count + 2)]
+
+    async def measure(self, address: str, runs: int) -> list[tuple[float, float]]:
+        """Milliseconds of (handoff, two copies), run by run, after runs that touch every page."""
+        figures = []
+        warmup = len(self._pools.tables) + 2
+        for run in range(warmup + runs):
+            copies_ms = self._two_copies_ms(run)
+            handoff_ms = await self._handoff_ms(address, run)
+            if run >= warmup:
+                figures.append((handoff_ms, copies_ms))
+        return figures
+
+    async def _handoff_ms(self, address: str, run: int) -> float:
+        key = AttemptKey(RequestId("benchmark"), run)
+        table = self._pools.tables[run % len(self._pools.tables)]
+        loop = asyncio.get_running_loop()
+        ready = await self._transport.ready(address, key, 10.0)
+        num_tokens = self._payload_bytes // SPEC.token_bytes
+        request = PullRequest(key=key, first=0, last=num_tokens, digest=SPEC.digest)
+
+        async def into(first: int, kv: WireKV) -> None:
+            write = self._pools.pool.write_kv
+            await loop.run_in_executor(self._pools.thread, write, table, first, kv)
+
+        await pull_pieces(
+            self._transport,
+            address,
+            request,
+            spec=SPEC,
+            piece_bytes=self._settings.piece_bytes,
+            in_flight=self._settings.in_flight,
+            timeout_s=30.0,
+            into=into,
+        )
+        return (time.time() - ready.done_unix_s) * 1e3
+
+    def _two_copies_ms(self, run: int) -> float:
+        count = len(self._buffers)
+        first, second, third = (self._buffers[(run + i) % count] for i in range(3))
+        start_s = time.perf_counter()
+        np.copyto(second, first)
+        np.copyto(third, second)
+        return (time.perf_counter() - start_s) * 1e3
+
+
+def measure(payload_bytes: int, settings: Settings) -> Figures:
+    """One payload size, with actors of its own."""
+    name = f"prefill-{payload_bytes}"
+    actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+    prefill: Any = actor(Prefill).options(name=name).remote(payload_bytes)
+    decode: Any = actor(Decode).remote(payload_bytes, settings)
+    runs = ray.get(decode.measure.remote(name, settings.runs))
+    for each in (prefill, decode):
+        ray.kill(each)
+    handoffs, copies = (
+        tuple(round(value, 3) for value in column) for column in zip(*runs, strict=True)
+    )
+    handoff_ms, copies_ms = statistics.median(handoffs), statistics.median(copies)
+    return Figures(
+        payload_bytes=payload_bytes,
+        handoff_ms=handoff_ms,
+        two_memcpys_ms=copies_ms,
+        ratio=round(handoff_ms / copies_ms, 2),
+        handoff_runs_ms=handoffs,
+        two_memcpys_runs_ms=copies,
+    )
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count() or 0,
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "ray": ray.__version__,
+    }
+
+
+def main() -> None:
+    """Measures, prints and writes every payload size."""
+    parser = argparse.ArgumentParser(description="KV handoff between two Ray actors on one machine")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--piece-mib", type=float, default=16)
+    parser.add_argument("--in-flight", type=int, default=3)
+    parser.add_argument("--payload-mib", type=float, nargs="+", default=[1 / 16, 1, 4, 16, 64, 128])
+    parser.add_argument("--preallocate", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/handoff.json"))
+    args = parser.parse_args()
+    settings = Settings(
+        payload_bytes=tuple(int(mib * MIB) for mib in args.payload_mib),
+        runs=args.runs,
+        piece_bytes=int(args.piece_mib * MIB),
+        in_flight=args.in_flight,
+    )
+    cluster = LocalRaySettings(
+        namespace=NAMESPACE,
+        prestarted_workers=2,
+        object_store_bytes=1024 * MIB,
+        preallocate=args.preallocate,
+    )
+    results: list[Figures] = []
+    with start_local(cluster):
+        print(f"{'payload':>10} {'handoff':>10} {'2 memcpys':>10} {'ratio':>6}")
+        for payload_bytes in settings.payload_bytes:
+            figures = measure(payload_bytes, settings)
+            results.append(figures)
+            print(
+                f"{payload_bytes / MIB:>6.2f} MiB {figures.handoff_ms:>7.2f} ms "
+                f"{figures.two_memcpys_ms:>7.2f} ms {figures.ratio:>6.2f}",
+                flush=True,
+            )
+    report: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "settings": asdict(settings),
+        "results": [asdict(figures) for figures in results],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
