@@ -24,7 +24,7 @@ from baton.engine.base import (
     Started,
     Token,
 )
-from baton.errors import BatonError, CancelledError, InternalError, PreconditionError
+from baton.errors import BatonError, CancelledError, PreconditionError
 from baton.service.groups import first_error
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVTransport, PullRequest
@@ -159,8 +159,7 @@ class Decoder:
     ) -> JobKvReceived:
         """Brings the KV here and starts to generate. Ends at once where the engine gives the request up meanwhile."""
         with self._failures_counted():
-            first_token, received = await _watched(self._transfer(job, address, progress), reader)
-            await self._engine.start_decode(job.key, first_token)
+            received = await _watched(self._transfer(job, address, progress), reader)
         progress.has_kv = True
         self._host.metrics.record_handoff(received.handoff_s, received.kv_bytes)
         return received
@@ -178,48 +177,44 @@ class Decoder:
             if reason:
                 self._host.metrics.record_handoff_failure(reason)
 
-    async def _transfer(
-        self, job: DecodeJob, address: str, progress: _Progress
-    ) -> tuple[int, JobKvReceived]:
-        """Pulls and imports what the prefix cache did not hold; returns prefill's token too."""
-        spec = self._engine.info.spec
+    async def _transfer(self, job: DecodeJob, address: str, progress: _Progress) -> JobKvReceived:
+        """Pulls and imports what the prefix cache did not hold, and starts to generate from prefill's token."""
+        spec, settings = self._engine.info.spec, self._host.settings
         end_s = progress.opened_s + job.timeout_s
         ready = await self._transport.ready(address, job.key, _left(end_s))
         kv_bytes = 0
+        length = len(job.sequence)
         for first, last in split_range(
-            progress.cached_tokens,
-            len(job.sequence),
-            spec.token_bytes,
-            self._host.settings.max_pull_bytes,
+            progress.cached_tokens, length, spec.token_bytes, settings.max_pull_bytes
         ):
             request = PullRequest(key=job.key, first=first, last=last, digest=spec.digest)
-            timeout_s = min(_left(end_s), self._host.settings.handoff_timeout_s)
+            timeout_s = min(_left(end_s), settings.handoff_timeout_s)
             async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
                 kv_bytes += kv.nbytes
+                work = [self._engine.import_kv(job.key, first, kv)]
+                if last == length:
+                    # Sent together, so that no step of the engine comes between them.
+                    work.append(self._engine.start_decode(job.key, ready.first_token))
                 try:
-                    await self._engine.import_kv(job.key, first, kv)
+                    await asyncio.gather(*work)
                 finally:
-                    del kv  # a traceback would hold the buffer after its credit is returned
-        handoff_s = max(0.0, time.time() - ready.done_unix_s)
-        return ready.first_token, JobKvReceived(kv_bytes, handoff_s)
+                    del kv, work  # a traceback would hold the buffer after its credit is returned
+        return JobKvReceived(kv_bytes, max(0.0, time.time() - ready.done_unix_s))
 
 
 async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:
-    """The result of `work`, which is ended where the engine gives the request up first. No step runs for a request that waits for its
-    KV, so until then its end is all that the engine can tell.
+    """The result of `work`, which is ended where the engine gives the request up first. No step runs for a request until its KV is
+    there, so what the engine tells before is that end, and what it tells then comes at the end of the work.
     """
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(work)
             watch: asyncio.Future[Any] = reader.pending()
             await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
+            if watch.done():
                 watch.result()
-                task.cancel()
     except ExceptionGroup as failures:
         raise first_error(failures) from None
-    if task.cancelled():
-        raise InternalError("the engine went on without the KV")
     return task.result()
 
 

@@ -7,7 +7,8 @@ layer and find the attempt by its key.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from baton.codec import chunk_of_tokens
@@ -101,14 +102,19 @@ class Prefiller:
         self._host = host
         self._engine = host.engine
         self._handoffs = Handoffs()
+        self._kept_bytes = 0
+        """Of KV copied out for attempts that are here."""
 
     async def run(self, job: PrefillJob) -> AsyncGenerator[JobEvent, None]:
         """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
         with self._host.call() as outcome:
             self._check(job)
             progress = _Progress(opened_s=time.monotonic())
-            request = EngineRequest(job.key, job.sequence, Mode.PREFILL, self._pieces(job))
-            with self._handoffs.attempt(job.key, len(job.sequence)) as handoff:
+            with (
+                self._handoffs.attempt(job.key, len(job.sequence)) as handoff,
+                self._copies(job) as pieces,
+            ):
+                request = EngineRequest(job.key, job.sequence, Mode.PREFILL, pieces)
                 async with self._engine.open(request) as batches:
                     try:
                         async for batch in batches:
@@ -126,6 +132,7 @@ class Prefiller:
                         handoff.raise_if_ended()
                         raise
                     if not progress.finished:
+                        del batch, event  # they hold the copies that a pull frees
                         handed = await self._hand_over(job, handoff)
                         outcome.done()
                         yield handed
@@ -186,15 +193,22 @@ class Prefiller:
                 )
             )
 
-    def _pieces(self, job: PrefillJob) -> tuple[tuple[int, int], ...]:
-        """What decode will pull, where its settings are this worker's. Copied out with the first token, so that no pull waits for the
-        prompts that are computed next.
+    @contextmanager
+    def _copies(self, job: PrefillJob) -> Iterator[tuple[tuple[int, int], ...]]:
+        """What decode will pull, where its settings are this worker's: copied out with the first token, so that no pull waits for the
+        prompts that are computed next. Empty where the copies kept for all attempts would be too large.
         """
-        if job.skip_tokens == len(job.sequence):
-            return ()
         token_bytes = self._engine.info.spec.token_bytes
-        limit = self._host.settings.max_pull_bytes
-        return tuple(split_range(job.skip_tokens, len(job.sequence), token_bytes, limit))
+        kv_bytes = (len(job.sequence) - job.skip_tokens) * token_bytes
+        if not kv_bytes or self._kept_bytes + kv_bytes > self._host.settings.kept_kv_bytes:
+            yield ()
+            return
+        self._kept_bytes += kv_bytes
+        try:
+            limit = self._host.settings.max_pull_bytes
+            yield tuple(split_range(job.skip_tokens, len(job.sequence), token_bytes, limit))
+        finally:
+            self._kept_bytes -= kv_bytes
 
     def _check_digest(self, digest: str) -> None:
         own = self._engine.info.spec.digest

@@ -122,6 +122,8 @@ class Attempt:
         broken = await consume(
             lambda: member.call_decode(request, self._remaining_s()), self._on_decode
         )
+        if self._decode_finish is not None:
+            return  # It has said all; prefill's token, which comes another way, is still due.
         failure = Failure(self._own_deadline(broken.error), self._blame_for(broken))
         if failure.blame != member.worker_id:
             # Prefill's own word, about to come, says more: why it failed, or that its token was the last.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from baton.types import WorkerId, WorkerInfo
+from baton.types import Role, WorkerId, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +202,9 @@ def _usable(worker: WorkerView, request: PlaceRequest) -> bool:
 def _trouble(worker: WorkerView, request: PlaceRequest) -> int:
     """0 is sound; of troubled workers, the least troubled is taken first."""
     pool_tokens = worker.info.num_blocks * worker.info.block_size_tokens
-    too_small = request.num_tokens >= min(pool_tokens, worker.info.max_context_tokens)
+    # At its own limit a prefill worker would end the request, though decode may have room.
+    tokens = request.num_tokens + (1 if worker.info.role is Role.PREFILL else 0)
+    too_small = tokens >= min(pool_tokens, worker.info.max_context_tokens)
     return 4 * too_small + 2 * (worker.info.worker_id in request.avoid) + worker.suspect
 
 

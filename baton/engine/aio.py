@@ -124,6 +124,7 @@ class AsyncEngine:
         """Builds the engine and starts stepping. Raises what `build` raises."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._ended = asyncio.Event()
         self._thread.start()
         self._info = await self._ready
         return self._info
@@ -205,11 +206,17 @@ class AsyncEngine:
         self._feeds.append(feed)
         return feed
 
+    def give_up(self, why: str) -> None:
+        """Declares the engine failed, for an owner that sees it hang."""
+        self._fail(f"the engine failed: {why}")
+
     async def stop(self) -> None:
-        """Ends the thread after the current step. Open streams fail."""
+        """Ends the thread after the current step. Open streams fail, also where the caller does not wait for the end."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._fail("the engine was stopped")
+        try:
+            await self._ended.wait()
+        finally:
+            self._fail("the engine was stopped")
 
     async def _call(self, command: Callable[[Engine], _T]) -> _T:
         if self._failure is not None:
@@ -239,6 +246,12 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """The engine's thread."""
+        try:
+            self._build_and_turn()
+        finally:
+            self._tell(self._ended.set)
+
+    def _build_and_turn(self) -> None:
         try:
             engine = self._build()
         except BaseException as error:  # noqa: BLE001 - it belongs to `start`

@@ -10,6 +10,7 @@ returns after the plan, and the next call runs it. The engine keeps the books, s
 Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors are the runner's business.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 
 from baton.engine.base import (
@@ -212,7 +213,7 @@ class PagedEngine:
             [Running(s.key, len(s.tokens), s.num_computed, len(s.table)) for s in self._running],
             map(self._tables.waiting_view, self._waiting),
             available_blocks=self._pool.num_available,
-            holding=len(self._requests) - len(self._running) - len(self._waiting),
+            holding=sum(s.stage is Stage.HELD for s in self._requests.values()),
             limits=self._limits,
         )
         events: list[EngineEvent] = []
@@ -269,6 +270,10 @@ class PagedEngine:
         events: list[EngineEvent] = []
         if not batch:
             return events
+        if len(self._running) > self._limits.max_batch_tokens:
+            # More requests generate than a step computes: those of this step go to the end of the line.
+            served = {id(state) for state, _ in batch}
+            self._running.sort(key=lambda state: id(state) in served)
         rows = [self._row(state, count) for state, count in batch]
         try:
             sampled: list[Sampled | BatonError | None] = [*self._runner.run(rows)]
@@ -314,10 +319,11 @@ class PagedEngine:
         elif state.mode is Mode.PREFILL:
             self._running.remove(state)
             state.stage = Stage.HELD
-            for first, last in state.export:
-                events.append(
-                    Exported(state.key, first, self._runner.read_kv(state.table, first, last))
-                )
+            # A copy that fails is not this step's failure: the pull asks again, and gets the error.
+            with suppress(MemoryError, RuntimeError):
+                for first, last in state.export:
+                    kv = self._runner.read_kv(state.table, first, last)
+                    events.append(Exported(state.key, first, kv))
         elif not self._kv_cache:
             state.num_computed = 0
         events.append(Token(state.key, index, sampled.token_id, sampled.logprobs, finish))

@@ -68,8 +68,10 @@ class BlockTables:
         hashes = state.hashes(full)
         for index in range(state.num_published, full):
             parent = hashes[index - 1] if index else ROOT
-            self._pool.publish(state.table[index], hashes[index], parent, state.block_tokens(index))
-        state.num_published = max(state.num_published, full)
+            tokens = state.block_tokens(index)
+            if not self._pool.publish(state.table[index], hashes[index], parent, tokens):
+                return
+            state.num_published = index + 1
 
     def _match(self, state: RequestState) -> list[int]:
         """Cached blocks of the sequence, short of its last token: that one's logits are needed."""

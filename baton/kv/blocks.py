@@ -122,16 +122,21 @@ class BlockPool:
 
     def publish(
         self, block: int, block_hash: BlockHash, parent: BlockHash, tokens: Sequence[int]
-    ) -> None:
-        """Makes a held, full, computed block reusable. No effect where another block carries that prefix already."""
-        if block_hash in self._by_hash or block in self._content:
-            return
-        self._content[block] = _Content(block_hash, parent, tuple(tokens))
+    ) -> bool:
+        """Makes a held, full, computed block reusable. No effect where another block carries that prefix already. False where that
+        hash stands for another prefix: what comes after it cannot be published either.
+        """
+        content = _Content(block_hash, parent, tuple(tokens))
+        known = self._by_hash.get(block_hash)
+        if known is not None:
+            return self._content[known] == content
+        self._content[block] = content
         self._by_hash[block_hash] = block
         if block_hash in self._evicted:
             del self._evicted[block_hash]
         else:
             self._stored[block_hash] = None
+        return True
 
     def take_delta(self) -> PrefixDelta:
         """Changes of the prefix cache since the last call."""

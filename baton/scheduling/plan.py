@@ -6,8 +6,8 @@ The policy, in order:
 2. Prompts that have begun get chunks of the token budget that is left, first come first served.
 3. Waiting requests are admitted first come first served, each only once the blocks for all of its tokens are available, so an
    admitted prompt never stalls half-way. One that does not fit holds back those behind it: nobody starves.
-4. A generating request that needs a block when none is available preempts the request that came last; if that is itself, it
-   waits. Preempted requests give all blocks back and are recomputed.
+4. A request that needs a block when none is available preempts the one that came last; if that is itself, or is computed in
+   this step already, it waits. Preempted requests give all blocks back and are recomputed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -76,7 +76,7 @@ def plan_step(
     holding: int,
     limits: Limits,
 ) -> Plan:
-    """Plans one step. `holding` counts requests that hold blocks without computing; they use up `max_running` too."""
+    """Plans one step. `holding` counts requests that hold blocks though they are done computing; they use up `max_running` too."""
     step = _Step(limits, available_blocks)
     staying = step.generate(running)
     step.continue_prompts(staying)
@@ -103,24 +103,24 @@ class _Step:
             index += 1
             if request.num_tokens - request.num_computed == 1 and self._budget:
                 need = self._new_blocks(request, 1)
-                while need > self._available:
-                    victim = staying.pop()
-                    self.preempted.append(victim.key)
-                    self._available += victim.num_blocks
-                    if victim is request:
-                        return staying
+                if not self._make_room(need, request, staying):
+                    return staying
                 self._take(request.key, 1, need)
         return staying
 
-    def continue_prompts(self, staying: Sequence[Running]) -> None:
+    def continue_prompts(self, staying: list[Running]) -> None:
         """Rule 2."""
-        for request in staying:
+        index = 0
+        while index < len(staying):
+            request = staying[index]
+            index += 1
             remaining = request.num_tokens - request.num_computed
             take = min(remaining, self._budget)
             if remaining > 1 and take:
                 need = self._new_blocks(request, take)
-                if need <= self._available:
-                    self._take(request.key, take, need)
+                if not self._make_room(need, request, staying):
+                    return
+                self._take(request.key, take, need)
 
     def admit(self, waiting: Iterable[Waiting], num_staying: int, holding: int) -> list[AttemptKey]:
         """Rule 3."""
@@ -141,6 +141,22 @@ class _Step:
                 self._available -= newcomer.num_blocks
             admitted.append(newcomer.key)
         return admitted
+
+    def _make_room(self, need: int, request: Running, staying: list[Running]) -> bool:
+        """Preempts from the end of `staying` until `need` blocks are available; False where the request itself had to go. Those that
+        this step computes already stay.
+        """
+        planned = {key for key, _ in self.chunks}
+        while need > self._available:
+            victim = staying[-1]
+            if victim.key in planned and victim is not request:
+                victim = request
+            staying.remove(victim)
+            self.preempted.append(victim.key)
+            self._available += victim.num_blocks
+            if victim is request:
+                return False
+        return True
 
     def _take(self, key: AttemptKey, num_tokens: int, num_blocks: int) -> None:
         self._budget -= num_tokens

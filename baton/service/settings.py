@@ -86,12 +86,16 @@ class WorkerSettings(ServerSettings):
     """Where the transfer layer finds this worker; empty: the worker id."""
     handoff_timeout_s: float = 30.0
     """How long prefill holds finished KV for decode to pull, and decode waits for a pull."""
+    kept_kv_bytes: int = 256 * 1024 * 1024
+    """Most KV that prefill keeps copied out for pulls to come; what is beyond is copied when it is pulled."""
     max_pull_bytes: int = 64 * 1024 * 1024
     """KV is pulled in pieces of at most this size."""
     kv_credit_bytes: int = 256 * 1024 * 1024
     """KV bytes that a decode worker has in flight at most."""
-    stall_limit_s: float = 30.0
-    """Health turns NOT_SERVING when the engine has had work for so long without completing a step."""
+    stall_limit_s: float = 10.0
+    """Health turns NOT_SERVING, and nothing new is placed here, while a step of the engine takes so long."""
+    hang_limit_s: float = 60.0
+    """An engine whose step takes so long has failed: its requests go on elsewhere, and the worker ends."""
     rejoin_backoff_s: float = 0.2
     """First pause before joining a lost router again; doubles up to 5 s, with jitter."""
 

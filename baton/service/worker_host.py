@@ -192,7 +192,10 @@ class WorkerHost:
 
     async def _watch_health(self, fleet: FleetAgent) -> None:
         while True:
-            alive = not self.engine.failed and self.engine.stalled_s < self.settings.stall_limit_s
+            stalled_s = self.engine.stalled_s
+            if not self.engine.failed and stalled_s >= self.settings.hang_limit_s:
+                self.engine.give_up(f"a step has run for {stalled_s:.1f} s")
+            alive = not self.engine.failed and stalled_s < self.settings.stall_limit_s
             await self._server.set_serving(serving=alive and not self._draining, alive=alive)
             fleet.set_draining(draining=self._draining or not alive)
             if self.engine.failed:

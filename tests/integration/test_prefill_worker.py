@@ -1,6 +1,7 @@
 """The prefill worker alone: readiness, pulls, release, drain, health."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from baton.engine.sim import build_sim_engine
 from baton.errors import (
     CancelledError,
     DeadlineError,
+    InternalError,
     InvalidRequestError,
     ModelLoadError,
     PreconditionError,
@@ -231,6 +233,17 @@ async def test_health_is_serving_only_while_the_engine_makes_progress() -> None:
         await until_computed(call)
         await asyncio.sleep(0.4)
         assert await health(rig, SERVICE) == "SERVING"
+
+
+async def test_an_engine_that_hangs_ends_its_calls() -> None:
+    """Promise: a wedged engine is an error in bounded time, so that its requests go on elsewhere."""
+    settings = WorkerSettings(stall_limit_s=0.1, hang_limit_s=0.3)
+    async with worker_pair(prefill_sim=replace(SIM, step_s=3.0), settings=settings) as rig:
+        began_s = time.monotonic()
+        error = await error_of(rig.prefill_call(key("a"), sequence(20)))
+        assert isinstance(error, InternalError)
+        assert time.monotonic() - began_s < 2.0
+        assert rig.prefill.host.engine.failed
 
 
 async def test_a_worker_whose_model_does_not_load_says_so_and_leaves_nothing_running() -> None:

@@ -133,6 +133,25 @@ async def test_prefill_dies_before_its_token(stage: str) -> None:
         assert answer.end.attempts[1].prefill_worker not in ("", hit[0])
 
 
+async def test_decode_may_finish_before_prefills_token_has_come() -> None:
+    """The two travel on different connections: the answer waits for the token, and no attempt is given up."""
+    async with cluster() as here:
+        prefill = await here.prefill("p")
+        decode = await here.decode("d")
+
+        async def late(stage: str) -> None:
+            if stage == "token":
+                for event in prefill.handoffs.computed.values():
+                    event.set()
+                await here.until(lambda: decode.running == 0)
+                await asyncio.sleep(0.1)
+
+        prefill.script = late
+        answer = await here.generate()
+        assert answer.tokens == expected(PROMPT, 10)
+        assert answer.failures == []
+
+
 async def test_prefill_dies_with_the_kv_before_decode_took_it() -> None:
     """The token that the client has is kept; the KV is computed again."""
     async with cluster() as here:

@@ -66,6 +66,16 @@ def test_a_hash_collision_is_a_miss() -> None:
     assert pool.match(block_hashes([1, 2, 3, 4], SIZE), [1, 2, 3, 4]) == []
 
 
+def test_after_a_hash_collision_nothing_more_of_the_sequence_is_published() -> None:
+    pool = BlockPool(4, SIZE)
+    table = pool.allocate(2)
+    assert table is not None
+    stolen = child_hash(ROOT, [1, 2, 3, 4])
+    assert pool.publish(table[0], stolen, ROOT, [9, 9, 9, 9])
+    assert not pool.publish(table[1], stolen, ROOT, [1, 2, 3, 4])
+    pool.check_integrity([table])
+
+
 def test_the_same_tokens_after_another_prefix_have_another_hash() -> None:
     assert block_hashes([1, 1, 5, 6], 2)[1] != block_hashes([2, 2, 5, 6], 2)[1]
     assert len(block_hashes([1, 2, 3], 2)) == 1

@@ -21,6 +21,7 @@ from baton.engine.base import (
     Reserved,
     Started,
     Token,
+    WireKV,
 )
 from baton.engine.batch import BatchRow, Sampled
 from baton.engine.engine import PagedEngine
@@ -84,8 +85,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 def hand_over(prefill: PagedEngine, decode: PagedEngine, req: EngineRequest, pieces: int) -> int:
     """One handoff, as the workers do it; returns the first token."""
     decode.add(replace(req, mode=Mode.DECODE))
-    reserved = decode.step()[0]
-    assert isinstance(reserved, Reserved)
+    reserved = next(e for _ in range(9) for e in decode.step() if isinstance(e, Reserved))
     prefill.add(replace(req, mode=Mode.PREFILL))
     first = [e for e in run(prefill) if isinstance(e, Token)][-1]
     length = len(req.sequence)
@@ -198,6 +198,51 @@ def test_without_a_kv_cache_the_tokens_are_the_same() -> None:
     prompt = prompt_of(40)
     engine.add(request(prompt))
     assert tokens_of(run(engine)) == reference(prompt)
+
+
+def test_without_a_kv_cache_a_full_pool_preempts_rather_than_stalls() -> None:
+    config = replace(BIG, num_blocks=8, block_size_tokens=4)
+    engine = PagedEngine(SimRunner(config), max_batch_tokens=8, max_running=8, kv_cache=False)
+    params = replace(GREEDY, max_tokens=14)
+    for name in ("a", "b"):
+        engine.add(request(prompt_of(10, seed=ord(name)), name=name, params=params))
+    events: list[EngineEvent] = []
+    for _ in range(200):
+        events += engine.step()
+    assert not engine.has_work()
+    for name in ("a", "b"):
+        assert tokens_of(events, name) == reference(prompt_of(10, seed=ord(name)), params)
+
+
+def test_reservations_that_wait_for_their_kv_do_not_hold_back_others() -> None:
+    engine = build_sim_engine(replace(BIG, max_running=4))
+    for number in range(6):
+        engine.add(request(prompt_of(20, seed=number), name=f"far{number}", mode=Mode.DECODE))
+    engine.add(request(prompt_of(3), name="near"))
+    assert tokens_of(run(engine), "near") == reference(prompt_of(3))
+
+
+def test_more_generating_requests_than_a_step_computes_take_turns() -> None:
+    engine = build_sim_engine(replace(BIG, max_batch_tokens=2))
+    prefill = build_sim_engine(BIG)
+    for name in ("a", "b", "c", "d"):
+        hand_over(prefill, engine, request(prompt_of(9, seed=ord(name)), name=name), 1)
+    steps = [[e.key.request_id for e in engine.step() if isinstance(e, Token)] for _ in range(4)]
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == ["a", "b", "c", "d"]
+
+
+def test_a_copy_that_fails_fails_its_pull_only() -> None:
+    class FullRunner(SimRunner):
+        def read_kv(self, block_table: Rows[int], first: int, last: int) -> WireKV:  # noqa: ARG002
+            raise MemoryError
+
+    engine = PagedEngine(FullRunner(BIG), max_batch_tokens=512, max_running=8)
+    asked = replace(request(prompt_of(20), mode=Mode.PREFILL), export=((0, 20),))
+    engine.add(asked)
+    engine.add(request(prompt_of(20), name="other"))
+    assert tokens_of(run(engine), "other") == reference(prompt_of(20))
+    with pytest.raises(MemoryError):
+        engine.export_kv(asked.key, 0, 20)
 
 
 def test_a_pool_too_small_for_the_prompt_refuses_it_and_one_too_small_for_the_batch_queues() -> (
