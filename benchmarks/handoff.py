@@ -1,7 +1,7 @@
 """Measures the KV handoff between two Ray actors on this machine against the least that a handoff could cost: two plain copies of
 the same bytes, out of one pool and into the other.
 
-    python benchmarks/handoff.py [--runs 15] [--piece-mib 16] [--out benchmarks/results/handoff.json]
+    python benchmarks/handoff.py [--runs 15] [--piece-mib 64] [--out benchmarks/results/handoff.json]
 
 One handoff lasts from the end of prefill to the KV in decode's pool: decode, which waits for that end, is told, and pulls piece by
 piece; prefill copies a piece out of its pool and seals it, Ray carries it, decode verifies it and imports it into its pool. The
@@ -31,8 +31,7 @@ from baton.kv.spec import KVDtype, KVSpec
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
-from baton.transfer.layout import seal_off_loop
-from baton.transfer.pieces import pull_pieces
+from baton.transfer.layout import seal_off_loop, split_range
 from baton.transfer.ray_runtime import LocalRaySettings, start_local
 from baton.transfer.ray_store import RayTransport
 from baton.types import AttemptKey, RequestId
@@ -58,7 +57,6 @@ class Settings:
     payload_bytes: tuple[int, ...]
     runs: int
     piece_bytes: int
-    in_flight: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +132,7 @@ class Decode:
 
     def __init__(self, payload_bytes: int, settings: Settings) -> None:
         self._payload_bytes = payload_bytes
-        self._settings = settings
+        self._piece_bytes = settings.piece_bytes
         self._pools = Pools(payload_bytes)
         self._transport = RayTransport(ByteCredits(512 * MIB), NAMESPACE)
         count = turns(payload_bytes)
@@ -157,22 +155,12 @@ class Decode:
         loop = asyncio.get_running_loop()
         ready = await self._transport.ready(address, key, 10.0)
         num_tokens = self._payload_bytes // SPEC.token_bytes
-        request = PullRequest(key=key, first=0, last=num_tokens, digest=SPEC.digest)
-
-        async def into(first: int, kv: WireKV) -> None:
-            write = self._pools.pool.write_kv
-            await loop.run_in_executor(self._pools.thread, write, table, first, kv)
-
-        await pull_pieces(
-            self._transport,
-            address,
-            request,
-            spec=SPEC,
-            piece_bytes=self._settings.piece_bytes,
-            in_flight=self._settings.in_flight,
-            timeout_s=30.0,
-            into=into,
-        )
+        write = self._pools.pool.write_kv
+        for first, last in split_range(0, num_tokens, SPEC.token_bytes, self._piece_bytes):
+            request = PullRequest(key=key, first=first, last=last, digest=SPEC.digest)
+            async with self._transport.pull(address, request, spec=SPEC, timeout_s=30.0) as kv:
+                await loop.run_in_executor(self._pools.thread, write, table, first, kv)
+                del kv
         return (time.time() - ready.done_unix_s) * 1e3
 
     def _two_copies_ms(self, run: int) -> float:
@@ -207,8 +195,8 @@ def measure(payload_bytes: int, settings: Settings) -> Figures:
     )
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+def machine() -> dict[str, str | int | float]:
+    """What the figures are measured on, and how busy it is."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -219,6 +207,7 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "ray": ray.__version__,
+        "load_1m": round(os.getloadavg()[0], 2),
     }
 
 
@@ -226,8 +215,7 @@ def main() -> None:
     """Measures, prints and writes every payload size."""
     parser = argparse.ArgumentParser(description="KV handoff between two Ray actors on one machine")
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--piece-mib", type=float, default=16)
-    parser.add_argument("--in-flight", type=int, default=3)
+    parser.add_argument("--piece-mib", type=float, default=64)
     parser.add_argument("--payload-mib", type=float, nargs="+", default=[1 / 16, 1, 4, 16, 64, 128])
     parser.add_argument("--preallocate", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/handoff.json"))
@@ -236,7 +224,6 @@ def main() -> None:
         payload_bytes=tuple(int(mib * MIB) for mib in args.payload_mib),
         runs=args.runs,
         piece_bytes=int(args.piece_mib * MIB),
-        in_flight=args.in_flight,
     )
     cluster = LocalRaySettings(
         namespace=NAMESPACE,
@@ -245,6 +232,7 @@ def main() -> None:
         preallocate=args.preallocate,
     )
     results: list[Figures] = []
+    measured_on = machine()
     with start_local(cluster):
         print(f"{'payload':>10} {'handoff':>10} {'2 memcpys':>10} {'ratio':>6}")
         for payload_bytes in settings.payload_bytes:
@@ -257,7 +245,7 @@ def main() -> None:
             )
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": machine(),
+        "machine": measured_on,
         "settings": asdict(settings),
         "results": [asdict(figures) for figures in results],
     }

@@ -125,8 +125,9 @@ class Attempt:
         if self._decode_finish is not None:
             return  # It has said all; prefill's token, which comes another way, is still due.
         failure = Failure(self._own_deadline(broken.error), self._blame_for(broken))
-        if failure.blame != member.worker_id:
-            # Prefill's own word, about to come, says more: why it failed, or that its token was the last.
+        token_is_due = self._has_kv.is_set() and source is not None and not self._has_first_token
+        if failure.blame != member.worker_id or token_is_due:
+            # Prefill's own word, about to come, says more: its token, that this was the last, or why it failed.
             await asyncio.sleep(SOURCE_GRACE_S)
         self._end(failure)
 

@@ -94,7 +94,7 @@ class TrainConfig:
         _stage(400, 16, 256, 0.125, 0.1, 0.0),
         _stage(200, 8, 512, 0.125, 0.3, 0.25),
         _stage(200, 4, 1024, 0.0, 0.3, 0.2),
-        *_MIXED_LENGTHS * 8,
+        *_MIXED_LENGTHS * 16,
     )
     """Curriculum, in order."""
     muon_lr: float = 0.004

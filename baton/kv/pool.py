@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.wire_buffers import WireBuffers
 
 WireKV = npt.NDArray[np.generic]
 
@@ -78,6 +79,7 @@ class KVPool:
     ) -> None:
         self._spec = spec
         self._block_size = block_size_tokens
+        self._buffers = WireBuffers()
         shape = (
             2,
             spec.num_layers,
@@ -98,7 +100,7 @@ class KVPool:
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
         """A new wire buffer with the KV of tokens [first, last) of the sequence in these blocks."""
-        wire = np.empty(self._spec.wire_shape(last - first), self._spec.dtype.wire_dtype)
+        wire = self._buffers.empty(self._spec.wire_shape(last - first), self._spec.dtype.wire_dtype)
         if self._host is not None:
             out, pool = _by_token(wire), _by_slot(self._host)
             for at, slot, count in self._runs(block_table, first, last):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_KILLED_S = 5.0
+"""The kernel ends a killed process sooner than this, unless it hangs in a system call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +48,18 @@ class ProcessTree:
 
     def end(self, *, grace_s: float) -> None:
         """Returns once every watched process is gone; those that outlive the grace are killed."""
-        deadline_s = time.monotonic() + grace_s
-        while self._alive() and time.monotonic() < deadline_s:
-            time.sleep(0.02)
+        self._wait(grace_s)
         for process in self._alive():
             try:
                 os.kill(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        self._wait(_KILLED_S)
+
+    def _wait(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while self._alive() and time.monotonic() < end_s:
+            time.sleep(0.02)
 
     def _alive(self) -> set[_Process]:
         running = {(process.pid, process.started) for process in _processes()}

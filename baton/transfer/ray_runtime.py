@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,11 @@ from ray.exceptions import RayError
 from baton.errors import UnavailableError
 from baton.transfer.processes import ProcessTree
 
+_log = logging.getLogger(__name__)
+
+START_TRIES = 2
+TOO_SLOW = "timed out during startup"
+"""What Ray says where its own processes did not answer it in time."""
 _MIB = 1 << 20
 MIN_STORE_BYTES = 128 * _MIB
 MAX_STORE_BYTES = 4096 * _MIB
@@ -80,7 +85,27 @@ def start_local(settings: LocalRaySettings | None = None) -> Iterator[RayCluster
     """Runs a cluster of this process's own inside the context. The process keeps the token in its environment afterwards: Ray reads
     it once, and children that join need it.
     """
-    settings = settings or LocalRaySettings()
+    with ExitStack() as stack:
+        yield _started(settings or LocalRaySettings(), stack)
+
+
+def _started(settings: LocalRaySettings, stack: ExitStack) -> RayCluster:
+    """A cluster that ends with the stack. On a busy machine Ray may give its own processes too little time, and a second try
+    succeeds.
+    """
+    for _ in range(START_TRIES - 1):
+        try:
+            return stack.enter_context(_local_cluster(settings))
+        except Exception as error:
+            # Ray has no type of its own for this.
+            if TOO_SLOW not in str(error):
+                raise
+            _log.warning("Ray did not start in time, trying again")
+    return stack.enter_context(_local_cluster(settings))
+
+
+@contextmanager
+def _local_cluster(settings: LocalRaySettings) -> Iterator[RayCluster]:
     store_bytes = object_store_bytes(
         total_memory_bytes=_total_memory_bytes(),
         shm_free_bytes=_shm_free_bytes(),

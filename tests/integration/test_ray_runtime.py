@@ -30,6 +30,7 @@ from baton.transfer.ray_runtime import LocalRaySettings, start_local
 
 settings = LocalRaySettings(object_store_bytes=128 << 20, parent_dir=Path(sys.argv[1]))
 with start_local(settings) as cluster:
+    ray.get(ray.remote(num_cpus=0)(lambda: 0).remote())  # a worker is up
     sleeper = ray.remote(num_cpus=0)(lambda: time.sleep(60)).remote()
     print(cluster.address, flush=True)
     if sys.stdin.readline() == "raise\\n":

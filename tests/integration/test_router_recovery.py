@@ -49,6 +49,8 @@ def script_all(workers: list[FakeWorker], role: Role, stage: str, act: str) -> l
         async def script(reached: str) -> None:
             if reached == stage and not hit:
                 hit.append(worker.worker_id)
+                # A connection that breaks loses what is under way; what was said before is to have arrived.
+                await asyncio.sleep(0.2)
                 await (worker.die() if act == "die" else worker.freeze())
 
         worker.script = script
