@@ -8,9 +8,9 @@ from functools import partial
 
 from baton.cli.banner import Announcer
 from baton.cli.config import ServeConfig
-from baton.cli.engines import build_engine
 from baton.cli.router_process import environment
 from baton.engine.aio import AsyncEngine
+from baton.engine.build import build_engine
 from baton.errors import InternalError
 from baton.service.groups import first_error
 from baton.service.settings import RouterSettings, WorkerSettings

@@ -1,17 +1,23 @@
-"""Builds the torch engine from its configuration. Imports torch, so workers import this in their engine's thread."""
+"""Builds engines from their configuration, on the thread that will own them. Torch is imported only where it is needed."""
 
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
-from baton.engine.loader import Progress
-from baton.engine.runner import TorchRunner
+from baton.engine.sim import SimConfig, build_sim_engine
 
 
-def build_torch_engine(config: EngineConfig, *, progress: Progress | None = None) -> PagedEngine:
-    """Loads the model and returns an engine that is ready to step; `progress` hears of the weights read. Raises
-    `ModelLoadError`.
-    """
+def build_engine(config: EngineConfig | SimConfig) -> PagedEngine:
+    """Returns an engine that is ready to step. Raises `ModelLoadError`."""
+    return build_sim_engine(config) if isinstance(config, SimConfig) else build_torch_engine(config)
+
+
+def build_torch_engine(config: EngineConfig) -> PagedEngine:
+    """Loads the model. Raises `ModelLoadError`."""
+    from baton.engine.runner import TorchRunner  # noqa: PLC0415 - imports torch
+
+    runner = TorchRunner(config)
+    runner.warm_up()
     return PagedEngine(
-        TorchRunner(config, progress=progress),
+        runner,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         prefix_cache=config.prefix_cache,

@@ -10,7 +10,7 @@ import torch
 
 from baton.engine.attention import plan_batch
 from baton.engine.base import EngineInfo, WireKV
-from baton.engine.batch import BatchRow, Sampled
+from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.config import EngineConfig, load_model_config, resolve
 from baton.engine.loader import (
     Progress,
@@ -24,10 +24,14 @@ from baton.engine.sampling import sample
 from baton.errors import ModelLoadError
 from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
 from baton.kv.spec import KVDtype, KVSpec
+from baton.types import SamplingParams
 
 _POOL_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the memory that is free once the model is loaded. On CPU the pool's neighbours are other workers and the object store; on
 CUDA the rest is for activations."""
+
+
+WARM_UP_TOKENS = 64
 
 
 class TorchRunner:
@@ -117,6 +121,18 @@ class TorchRunner:
         for row, token in zip(plan.sampled_rows, chosen, strict=True):
             results[row] = token
         return results
+
+    def warm_up(self) -> None:
+        """Computes a prompt and a next token of no meaning: torch loads its kernels with their first use, and no request is to wait
+        for that. To be called before any request; the KV it leaves in the first blocks belongs to nobody.
+        """
+        size = self._info.block_size_tokens
+        room = min(self._info.max_context_tokens, self._info.num_blocks * size) - 1
+        length = min(WARM_UP_TOKENS, room)
+        blocks = range(-(-(length + 1) // size))
+        params = SamplingParams(max_tokens=2, temperature=1.0, top_p=0.9)
+        self.run([BatchRow([0] * length, 0, blocks, SampleInput(params, [0], []))])
+        self.run([BatchRow([0], length, blocks, SampleInput(params, [0], [0]))])
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
         with torch.inference_mode():

@@ -17,9 +17,9 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from baton.engine.aio import AsyncEngine
-from baton.engine.base import Engine
+from baton.engine.build import build_engine
 from baton.engine.config import EngineConfig
-from baton.engine.sim import SimConfig, build_sim_engine
+from baton.engine.sim import SimConfig
 from baton.errors import BatonError, InternalError, UnavailableError
 from baton.service import logging as service_logging
 from baton.service.settings import WorkerSettings
@@ -173,12 +173,3 @@ def _create(actor: type[WorkerActor], config: ActorConfig) -> Any:
 def async_engine(config: EngineConfig | SimConfig, *, name: str) -> AsyncEngine:
     """The engine that a configuration describes, not yet built."""
     return AsyncEngine(lambda: build_engine(config), name=name)
-
-
-def build_engine(config: EngineConfig | SimConfig) -> Engine:
-    """Called on the engine's thread. Raises `ModelLoadError`."""
-    if isinstance(config, SimConfig):
-        return build_sim_engine(config)
-    from baton.engine.build import build_torch_engine  # noqa: PLC0415 - torch loads on this thread
-
-    return build_torch_engine(config)
