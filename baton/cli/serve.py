@@ -142,7 +142,7 @@ def serve(
     object_store_mib: Annotated[
         int | None,
         typer.Option(
-            min=100,
+            min=128,
             help="Size of Ray's object store.",
             show_default="sized from memory",
             rich_help_panel=FLEET,

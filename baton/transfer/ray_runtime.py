@@ -148,14 +148,15 @@ def _local_cluster(settings: LocalRaySettings) -> Iterator[RayCluster]:
 
 @contextmanager
 def join(address: str, *, namespace: str = "baton") -> Iterator[RayCluster]:
-    """Connects to the cluster at `address` inside the context; actors that this process created end with it. Raises
-    `UnavailableError` where no cluster answers, or where it refuses the token.
+    """Connects to the cluster at `address` inside the context (`auto`: the one that runs on this machine); actors that this process
+    created end with it. Raises `UnavailableError` where no cluster answers, or where it refuses the token.
     """
     host, _, port = address.rpartition(":")
     loopback = host in {"localhost", "127.0.0.1"}
     try:
-        # Ray itself would look for the address without end.
-        socket.create_connection((host, int(port)), timeout=5.0).close()
+        if address != "auto":
+            # Ray itself would look for the address without end.
+            socket.create_connection((host, int(port)), timeout=5.0).close()
         with _loopback_only() if loopback else nullcontext():
             ray.init(
                 address=address,

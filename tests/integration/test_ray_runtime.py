@@ -175,6 +175,8 @@ def test_joining_where_no_cluster_is_fails_at_once() -> None:
     start_s = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot join"), join("127.0.0.1:1"):
         pytest.fail("there is no cluster")
+    with pytest.raises(UnavailableError, match="cannot join"), join("auto"):
+        pytest.fail("there is no cluster")
     with pytest.raises(UnavailableError, match="cannot join"), join("no port"):
         pytest.fail("there is no cluster")
     assert time.monotonic() - start_s < 5
