@@ -106,6 +106,8 @@ def _started(settings: LocalRaySettings, stack: ExitStack) -> RayCluster:
 
 @contextmanager
 def _local_cluster(settings: LocalRaySettings) -> Iterator[RayCluster]:
+    if ray.is_initialized():
+        raise RuntimeError("this process is connected to Ray already")
     store_bytes = object_store_bytes(
         total_memory_bytes=_total_memory_bytes(),
         shm_free_bytes=_shm_free_bytes(),

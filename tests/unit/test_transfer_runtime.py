@@ -79,6 +79,9 @@ def test_a_start_that_was_too_slow_is_tried_once_more(monkeypatch: pytest.Monkey
         raise RuntimeError(TOO_SLOW if len(tries) == 1 else "something else")
 
     monkeypatch.setattr(ray, "init", slow_once)
+    # Other tests of this process may be connected to a cluster, which is to stay.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(RuntimeError, match="something else"), start_local():
         pass
     assert len(tries) == 2
