@@ -1,7 +1,7 @@
 """Measures the KV handoff between two Ray actors on this machine against the least that a handoff could cost: two plain copies of
 the same bytes, out of one pool and into the other.
 
-    python benchmarks/handoff.py [--runs 15] [--piece-mib 64] [--out benchmarks/results/handoff.json]
+    python -m benchmarks.handoff [--runs 15] [--piece-mib 64] [--out benchmarks/results/handoff.json]
 
 One handoff lasts from the end of prefill to the KV in decode's pool: decode, which waits for that end, is told, and pulls piece by
 piece; prefill copies a piece out of its pool and seals it, Ray carries it, decode verifies it and imports it into its pool. The
@@ -11,12 +11,8 @@ measures alternate, and rotate through pools or buffers larger than the cache, s
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,6 +31,7 @@ from baton.transfer.layout import seal_off_loop, split_range
 from baton.transfer.ray_runtime import LocalRaySettings, start_local
 from baton.transfer.ray_store import RayTransport
 from baton.types import AttemptKey, RequestId
+from benchmarks.report import write_report
 
 MIB = 1 << 20
 BLOCK_TOKENS = 16
@@ -195,22 +192,6 @@ def measure(payload_bytes: int, settings: Settings) -> Figures:
     )
 
 
-def machine() -> dict[str, str | int | float]:
-    """What the figures are measured on, and how busy it is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "ray": ray.__version__,
-        "load_1m": round(os.getloadavg()[0], 2),
-    }
-
-
 def main() -> None:
     """Measures, prints and writes every payload size."""
     parser = argparse.ArgumentParser(description="KV handoff between two Ray actors on one machine")
@@ -232,7 +213,6 @@ def main() -> None:
         preallocate=args.preallocate,
     )
     results: list[Figures] = []
-    measured_on = machine()
     with start_local(cluster):
         print(f"{'payload':>10} {'handoff':>10} {'2 memcpys':>10} {'ratio':>6}")
         for payload_bytes in settings.payload_bytes:
@@ -243,14 +223,19 @@ def main() -> None:
                 f"{figures.two_memcpys_ms:>7.2f} ms {figures.ratio:>6.2f}",
                 flush=True,
             )
-    report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": measured_on,
-        "settings": asdict(settings),
-        "results": [asdict(figures) for figures in results],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(
+        args.out,
+        settings=asdict(settings),
+        raw={str(figures.payload_bytes): asdict(figures) for figures in results},
+        summary={
+            f"{figures.payload_bytes / MIB:g} MiB": {
+                "handoff_ms": figures.handoff_ms,
+                "two_memcpys_ms": figures.two_memcpys_ms,
+                "ratio": figures.ratio,
+            }
+            for figures in results
+        },
+    )
 
 
 if __name__ == "__main__":
