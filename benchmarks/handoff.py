@@ -119,7 +119,6 @@ class Prefill:
     async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
         return await self._endpoint.ready(key, timeout_s)
 
-    @ray.method(num_returns=2)
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await self._endpoint.pull(request)
 

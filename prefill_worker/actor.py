@@ -1,7 +1,5 @@
 """The prefill worker as a Ray actor: `baton.worker.actor`, and the methods through which decode pulls KV."""
 
-import ray
-
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
 from baton.transfer.endpoint import SourceEndpoint
 from baton.types import AttemptKey
@@ -22,7 +20,6 @@ class PrefillActor(WorkerActor):
         """See `KVSource.ready`."""
         return await self._source.ready(key, timeout_s)
 
-    @ray.method(num_returns=2)
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         """See `KVSource.pull`. Two return values, which the caller owns: the KV outlives this process."""
         return await self._source.pull(request)

@@ -1,7 +1,7 @@
 """The Ray transport: decode calls a method of the prefill actor, and the answer comes back through the object store.
 
-    decode: handle.kv_pull.remote(sent)  ──▶  prefill actor: return meta, kv      (num_returns=2, numpy only)
-            await meta_ref; await kv_ref    ◀──  both values belong to decode, their caller: prefill may die now
+    decode: handle.kv_pull.remote(sent)  ──▶  prefill actor: return meta, kv      (one object, numpy only)
+            await ref                       ◀──  the object belongs to decode, its caller: prefill may die now
 
 Runs in the decode worker's event loop, and nothing here blocks it. The prefill actor forwards `kv_ready` and `kv_pull` to a
 `SourceEndpoint`; it is created with `max_restarts=0, max_task_retries=0`, so that a call runs at most once and a dead peer is
@@ -58,12 +58,12 @@ class RayTransport:
         async def fetch(sent: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
             handle = await self._handle(address)
             with self._typed_errors(address):
-                refs: list[ray.ObjectRef[Any]] = handle.kv_pull.remote(sent)
+                ref: ray.ObjectRef[Any] = handle.kv_pull.remote(sent)
                 try:
-                    meta = await _settled(refs[0])
-                    return meta, await _settled(refs[1])
+                    answer: tuple[KVMeta | Refused, WireKV | None] = await _settled(ref)
+                    return answer
                 finally:
-                    del refs
+                    del ref
 
         return received(fetch, request, spec=spec, budget=self._budget, timeout_s=timeout_s)
 

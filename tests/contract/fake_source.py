@@ -7,7 +7,6 @@ from dataclasses import replace
 from enum import Enum
 
 import numpy as np
-import ray
 
 from baton.kv.spec import KVDtype, KVSpec
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
@@ -157,7 +156,6 @@ class FakePrefill:
     async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
         return await self._endpoint.ready(key, timeout_s)
 
-    @ray.method(num_returns=2)
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await self._endpoint.pull(request)
 
