@@ -9,12 +9,14 @@ listens on the loopback only, and asks for a token besides, since other users of
 cluster's token comes from the environment (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH`), set before Python starts.
 """
 
+import gc
 import logging
 import os
 import secrets
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -94,14 +96,25 @@ def _started(settings: LocalRaySettings, stack: ExitStack) -> RayCluster:
     succeeds.
     """
     for _ in range(START_TRIES - 1):
-        try:
-            return stack.enter_context(_local_cluster(settings))
-        except Exception as error:
-            # Ray has no type of its own for this.
-            if TOO_SLOW not in str(error):
-                raise
-            _log.warning("Ray did not start in time, trying again")
+        with warnings.catch_warnings():
+            # Of a start that failed, Ray keeps handles of processes that have been ended, which warn when they are collected.
+            warnings.simplefilter("ignore", ResourceWarning)
+            cluster = _started_in_time(settings, stack)
+            if cluster is not None:
+                return cluster
+            gc.collect()
     return stack.enter_context(_local_cluster(settings))
+
+
+def _started_in_time(settings: LocalRaySettings, stack: ExitStack) -> RayCluster | None:
+    try:
+        return stack.enter_context(_local_cluster(settings))
+    except Exception as error:
+        # Ray has no type of its own for this.
+        if TOO_SLOW not in str(error):
+            raise
+        _log.warning("Ray did not start in time, trying again")
+        return None
 
 
 @contextmanager
