@@ -23,8 +23,8 @@ import numpy as np
 import ray
 
 from baton.kv.pool import KVPool
-from baton.kv.spec import KVDtype, KVSpec
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.layout import seal_off_loop, split_range

@@ -1,6 +1,7 @@
 """The prefill worker as a Ray actor: `baton.worker.actor`, and the methods through which decode pulls KV."""
 
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.endpoint import SourceEndpoint
 from baton.types import AttemptKey
 from baton.worker.actor import ActorConfig, WorkerActor, async_engine

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Self
 
 from baton.errors import AlreadyExistsError, BatonError, PreconditionError
-from baton.transfer.base import Ready, Refused, WireKV
+from baton.kv.spec import WireKV
+from baton.transfer.base import Ready, Refused
 from baton.types import AttemptKey
 
 

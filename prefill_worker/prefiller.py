@@ -32,8 +32,9 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
+from baton.kv.spec import WireKV
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.layout import seal_off_loop, split_range
 from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
 from prefill_worker.handoffs import Handoff, Handoffs

@@ -1,9 +1,10 @@
 """The prefill worker, put together: the same object inside a Ray actor, in one process with decode, and in tests."""
 
 from baton.engine.aio import AsyncEngine
+from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import prefill_pb2_grpc
 from prefill_worker.prefiller import Prefiller

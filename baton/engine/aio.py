@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from baton.engine.base import Engine, EngineEvent, EngineInfo, EngineRequest, Failed, Token, WireKV
+from baton.engine.base import Engine, EngineEvent, EngineInfo, EngineRequest, Failed, Token
 from baton.errors import AlreadyExistsError, InternalError
+from baton.kv.spec import WireKV
 from baton.types import AttemptKey, BlockHash, PrefixDelta, WorkerLoad
 
 _log = logging.getLogger(__name__)

@@ -17,11 +17,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from baton.errors import BatonError
-from baton.kv.spec import KVSpec
+from baton.kv.spec import KVSpec, WireKV
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -30,9 +27,6 @@ from baton.types import (
     Sequence,
     WorkerLoad,
 )
-
-WireKV = npt.NDArray[np.generic]
-"""A KV buffer in wire layout, see `baton.kv.spec`."""
 
 
 class Mode(Enum):
@@ -184,10 +178,6 @@ class Engine(Protocol):
 
     def take_prefix_delta(self) -> PrefixDelta:
         """Prefix-cache changes since the last call."""
-        ...
-
-    def cached_hashes(self) -> PrefixDelta:
-        """The whole prefix cache as one delta, for a router that has just been joined."""
         ...
 
     def check_integrity(self) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.engine.base import EngineInfo, WireKV
+from baton.engine.base import EngineInfo
+from baton.kv.spec import WireKV
 from baton.types import PositionLogprobs, SamplingParams
 
 

@@ -25,7 +25,6 @@ from baton.engine.base import (
     Reserved,
     Started,
     Token,
-    WireKV,
 )
 from baton.engine.batch import BatchRow, Runner, Sampled, SampleInput
 from baton.engine.request import RequestState, Stage
@@ -38,6 +37,7 @@ from baton.errors import (
     PreconditionError,
 )
 from baton.kv.blocks import BlockPool
+from baton.kv.spec import WireKV
 from baton.scheduling.plan import Limits, Running, plan_step
 from baton.types import AttemptKey, PrefixDelta, WorkerLoad
 
@@ -191,9 +191,6 @@ class PagedEngine:
 
     def take_prefix_delta(self) -> PrefixDelta:
         return self._pool.take_delta()
-
-    def cached_hashes(self) -> PrefixDelta:
-        return PrefixDelta(stored=self._pool.hashes())
 
     def check_integrity(self) -> None:
         states = self._requests.values()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from baton.engine.attention import plan_batch
-from baton.engine.base import EngineInfo, WireKV
+from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.config import EngineConfig, load_model_config, resolve
 from baton.engine.loader import (
@@ -23,7 +23,7 @@ from baton.engine.memory import free_memory_bytes
 from baton.engine.sampling import sample
 from baton.errors import ModelLoadError
 from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WireKV
 from baton.types import SamplingParams
 
 _POOL_SHARE = {"cpu": 0.25, "cuda": 0.85}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from baton.engine.base import EngineInfo, WireKV
+from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.engine import PagedEngine
 from baton.engine.noise import uniform
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WireKV
 from baton.types import PositionLogprobs, TokenLogprob
 
 _MODULUS = 65521

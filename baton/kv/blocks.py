@@ -145,10 +145,6 @@ class BlockPool:
         self._evicted.clear()
         return delta
 
-    def hashes(self) -> tuple[BlockHash, ...]:
-        """Every prefix that `match` could find."""
-        return tuple(self._by_hash)
-
     def _forget(self, block: int) -> None:
         block_hash = self._content.pop(block).hash
         del self._by_hash[block_hash]

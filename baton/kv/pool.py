@@ -10,14 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WireKV
 from baton.kv.wire_buffers import WireBuffers
-
-WireKV = npt.NDArray[np.generic]
 
 TORCH_DTYPES = {
     KVDtype.FLOAT32: torch.float32,

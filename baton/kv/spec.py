@@ -11,6 +11,10 @@ from enum import Enum
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
+
+WireKV = npt.NDArray[np.generic]
+"""KV cache in wire layout."""
 
 
 class KVDtype(Enum):

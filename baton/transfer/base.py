@@ -15,13 +15,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from baton.kv.spec import KVSpec
+from baton.kv.spec import KVSpec, WireKV
 from baton.types import AttemptKey
-
-WireKV = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)

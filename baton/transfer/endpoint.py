@@ -7,7 +7,8 @@ import asyncio
 import logging
 
 from baton.errors import BatonError, DeadlineError, InternalError
-from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import WireKV
+from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused
 from baton.types import AttemptKey
 
 _LOG = logging.getLogger(__name__)

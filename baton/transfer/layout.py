@@ -13,8 +13,8 @@ from typing import TypeVar
 import xxhash
 
 from baton.errors import CorruptKVError, PreconditionError
-from baton.kv.spec import KVSpec
-from baton.transfer.base import KVMeta, PullRequest, WireKV
+from baton.kv.spec import KVSpec, WireKV
+from baton.transfer.base import KVMeta, PullRequest
 
 INLINE_BYTES = 1 << 20
 """Up to here a checksum takes about as long as a hop to another thread."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from baton.errors import UnavailableError
-from baton.kv.spec import KVSpec
-from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import KVSpec, WireKV
+from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.receive import deadline, error_from, received, source_timeout_s

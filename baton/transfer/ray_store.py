@@ -25,8 +25,8 @@ from ray.exceptions import (
 )
 
 from baton.errors import CapacityError, InternalError, UnavailableError
-from baton.kv.spec import KVSpec
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import KVSpec, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.receive import deadline, error_from, received, source_timeout_s
 from baton.types import AttemptKey

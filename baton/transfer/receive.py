@@ -18,8 +18,8 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
-from baton.kv.spec import KVSpec
-from baton.transfer.base import KVMeta, PullRequest, Refused, WireKV
+from baton.kv.spec import KVSpec, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.layout import find_mismatch_off_loop
 

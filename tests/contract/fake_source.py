@@ -8,8 +8,8 @@ from enum import Enum
 
 import numpy as np
 
-from baton.kv.spec import KVDtype, KVSpec
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused, WireKV
+from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.layout import seal_off_loop
 from baton.types import AttemptKey, RequestId

@@ -18,9 +18,9 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
-from baton.kv.spec import KVSpec
+from baton.kv.spec import KVSpec, WireKV
 from baton.service.settings import WorkerSettings
-from baton.transfer.base import KVTransport, PullRequest, Ready, WireKV
+from baton.transfer.base import KVTransport, PullRequest, Ready
 from baton.types import AttemptKey, FinishReason, Sequence
 from tests.worker_rig import SIM, Rig, error_of, key, sequence, worker_pair
 

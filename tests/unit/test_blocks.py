@@ -110,7 +110,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert not set(delta.stored) & set(delta.evicted)
         self.mirror -= set(delta.evicted)
         self.mirror |= set(delta.stored)
-        assert self.mirror == set(self.pool.hashes())
+        assert self.mirror == set(self.pool._by_hash)
 
     @invariant()
     def books_balance(self) -> None:

@@ -21,7 +21,6 @@ from baton.engine.base import (
     Reserved,
     Started,
     Token,
-    WireKV,
 )
 from baton.engine.batch import BatchRow, Sampled
 from baton.engine.engine import PagedEngine
@@ -32,6 +31,7 @@ from baton.errors import (
     InvalidRequestError,
     PreconditionError,
 )
+from baton.kv.spec import WireKV
 from baton.types import AttemptKey, FinishReason, RequestId, SamplingParams, Sequence
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import CorruptKVError, PreconditionError
-from baton.kv.spec import KVDtype, KVSpec
-from baton.transfer.base import PullRequest, WireKV
+from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.transfer.base import PullRequest
 from baton.transfer.layout import (
     INLINE_BYTES,
     checksum,
