@@ -122,7 +122,7 @@ class WorkerHost:
         return info
 
     @contextmanager
-    def call(self) -> Iterator["CallOutcome"]:
+    def call(self) -> Iterator[CallOutcome]:
         """Every call that needs the engine runs inside: counted for the drain, and by outcome. Raises `UnavailableError` where the
         worker does not take new ones.
         """

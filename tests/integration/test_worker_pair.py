@@ -73,6 +73,31 @@ async def test_kv_is_pulled_in_pieces_of_the_configured_size() -> None:
         await rig.settled()
 
 
+@pytest.mark.parametrize(("kept_kv_bytes", "late_copies"), [(45 * 16, 0), (45 * 16 - 1, 1)])
+async def test_kv_is_copied_out_with_the_first_token_as_far_as_the_setting_allows(
+    monkeypatch: pytest.MonkeyPatch, kept_kv_bytes: int, late_copies: int
+) -> None:
+    """Promise: the host memory of finished prompts is bounded; what is beyond is copied when it is pulled, with the same tokens."""
+    late: list[tuple[int, int]] = []
+    async with worker_pair(settings=WorkerSettings(kept_kv_bytes=kept_kv_bytes)) as rig:
+        engine = rig.prefill.host.engine
+        export_kv = engine.export_kv
+
+        async def counted(attempt: AttemptKey, first: int, last: int) -> WireKV:
+            late.append((first, last))
+            return await export_kv(attempt, first, last)
+
+        monkeypatch.setattr(engine, "export_kv", counted)
+        for name in ("a", "b"):
+            seq = sequence(45, max_tokens=6, start=ord(name))
+            split = await rig.generate(key(name), seq)
+            assert split.kv_bytes == 45 * 16
+            assert split.tokens == (await rig.generate_locally(key(f"{name}-local"), seq)).tokens
+        await rig.settled()
+    # The second request shows that the first one's room came back.
+    assert late == [(0, 45)] * 2 * late_copies
+
+
 async def test_a_request_that_its_first_token_ends_ships_nothing() -> None:
     async with worker_pair() as rig:
         seq = sequence(20, max_tokens=1)

@@ -235,6 +235,18 @@ def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
         load_model_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "resolved"),
+    [("cpu", None, "float32"), ("cpu", "float16", "float16"), ("cuda", None, "float16")],
+)
+def test_a_float16_checkpoint_computes_in_float32_on_cpu_unless_told_otherwise(
+    tmp_path: Path, device: str, asked: str | None, resolved: str
+) -> None:
+    model = load(tmp_path, LLAMA, dtype="float16")
+    config = EngineConfig(model="here", device=device, dtype=asked)
+    assert resolve(config, model).dtype == resolved
+
+
 def test_resolving_fills_in_dtype_and_context_and_changes_nothing_else(tmp_path: Path) -> None:
     model = load(tmp_path, LLAMA, dtype="bfloat16")
     given = EngineConfig(model="here", max_batch_tokens=64)
