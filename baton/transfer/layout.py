@@ -58,12 +58,6 @@ def find_mismatch(
     return None
 
 
-def verify(meta: KVMeta, buffer: WireKV, request: PullRequest, spec: KVSpec) -> None:
-    """Raises `CorruptKVError` where `find_mismatch` finds one."""
-    if problem := find_mismatch(meta, buffer, request, spec):
-        raise CorruptKVError(f"KV of {request.key}: {problem}")
-
-
 async def seal_off_loop(request: PullRequest, spec: KVSpec, buffer: WireKV) -> KVMeta:
     """`seal`, without blocking the event loop where the buffer is large."""
     return await _off_loop(buffer, lambda: seal(request, spec, buffer))

@@ -16,11 +16,11 @@ from baton.transfer.base import PullRequest
 from baton.transfer.layout import (
     INLINE_BYTES,
     checksum,
+    find_mismatch,
     find_mismatch_off_loop,
     seal,
     seal_off_loop,
     split_range,
-    verify,
 )
 from baton.types import AttemptKey, RequestId
 
@@ -49,7 +49,7 @@ def test_a_seal_describes_the_buffer() -> None:
     assert (meta.key, meta.first, meta.last) == (REQUEST.key, 4, 9)
     assert (meta.dtype, meta.digest) == ("bfloat16", SPEC.digest)
     assert meta.checksum == xxhash.xxh3_64_intdigest(buffer.tobytes())
-    verify(meta, buffer, REQUEST, SPEC)
+    assert find_mismatch(meta, buffer, REQUEST, SPEC) is None
 
 
 @pytest.mark.parametrize("dtype", list(KVDtype))
@@ -57,7 +57,7 @@ def test_every_element_type_can_be_sealed_and_verified(dtype: KVDtype) -> None:
     spec = replace(SPEC, dtype=dtype)
     request = replace(REQUEST, digest=spec.digest)
     buffer = buffer_for(spec)
-    verify(seal(request, spec, buffer), buffer, request, spec)
+    assert find_mismatch(seal(request, spec, buffer), buffer, request, spec) is None
 
 
 def test_the_source_refuses_to_seal_for_another_spec() -> None:
@@ -75,8 +75,7 @@ def test_any_flipped_bit_is_found(position: int, bit: int) -> None:
     buffer = buffer_for()
     meta = seal(REQUEST, SPEC, buffer)
     buffer.reshape(-1).view(np.uint8)[position] ^= 1 << bit
-    with pytest.raises(CorruptKVError, match="checksum"):
-        verify(meta, buffer, REQUEST, SPEC)
+    assert "checksum" in (find_mismatch(meta, buffer, REQUEST, SPEC) or "")
 
 
 @pytest.mark.parametrize(
@@ -94,22 +93,21 @@ def test_any_flipped_bit_is_found(position: int, bit: int) -> None:
 def test_meta_that_differs_in_one_field_is_refused(field: str, value: Any) -> None:
     buffer = buffer_for()
     meta = replace(seal(REQUEST, SPEC, buffer), **{field: value})
-    with pytest.raises(CorruptKVError):
-        verify(meta, buffer, REQUEST, SPEC)
+    assert find_mismatch(meta, buffer, REQUEST, SPEC)
 
 
 def test_a_request_that_names_another_spec_than_decodes_is_refused() -> None:
     buffer = buffer_for()
     meta = seal(REQUEST, SPEC, buffer)
-    with pytest.raises(CorruptKVError, match="decode's is"):
-        verify(meta, buffer, replace(REQUEST, digest="other"), SPEC)
+    assert "decode's is" in (
+        find_mismatch(meta, buffer, replace(REQUEST, digest="other"), SPEC) or ""
+    )
 
 
 def test_a_buffer_with_gaps_is_refused() -> None:
     buffer = buffer_for(replace(SPEC, head_dim=8))[..., ::2]
     meta = seal(REQUEST, SPEC, np.ascontiguousarray(buffer))
-    with pytest.raises(CorruptKVError, match="contiguous"):
-        verify(meta, buffer, REQUEST, SPEC)
+    assert "contiguous" in (find_mismatch(meta, buffer, REQUEST, SPEC) or "")
 
 
 async def test_large_buffers_are_sealed_and_verified_alike_in_a_thread() -> None:
