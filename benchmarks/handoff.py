@@ -1,12 +1,14 @@
-"""Measures the KV handoff between two Ray actors on this machine against the least that a handoff could cost: two plain copies of
-the same bytes, out of one pool and into the other.
+"""Measures the KV handoff between two Ray actors on this machine against the least that a handoff could cost, two plain copies of
+the same bytes, out of one pool and into the other, and against what Ray alone costs: a call whose answer is an array that
+lies ready, copied once where it arrives.
 
-    python -m benchmarks.handoff [--runs 15] [--piece-mib 64] [--out benchmarks/results/handoff.json]
+    python -m benchmarks.handoff [--runs 21] [--piece-mib 64] [--out benchmarks/results/handoff.json]
 
 One handoff lasts from the end of prefill to the KV in decode's pool: decode, which waits for that end, is told, and pulls piece by
-piece; prefill copies a piece out of its pool and seals it, Ray carries it, decode verifies it and imports it into its pool. The
-pools are `baton.kv.pool.KVPool` with scattered blocks; copies to and from them run on one thread a side, as engines do. Both
-measures alternate, and rotate through pools or buffers larger than the cache, so that neither finds its bytes warm.
+piece; meanwhile prefill copies the pieces out of its pool with their checksums, Ray carries them, and decode imports them into
+its pool and verifies them. The pools are `baton.kv.pool.KVPool` with scattered blocks; copies to and from them run on one thread
+a side, as engines do. The three measures alternate, and rotate through pools or buffers larger than the cache, so that none finds
+its bytes warm.
 """
 
 import argparse
@@ -20,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from baton.kv.pool import KVPool
-from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.kv.spec import KVDtype, KVSpec, SealedKV, WireKV
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
-from baton.transfer.layout import seal_off_loop, split_range
+from baton.transfer.layout import meta_of, split_range
 from baton.transfer.ray_runtime import LocalRaySettings, start_local
 from baton.transfer.ray_store import RayTransport
 from baton.types import AttemptKey, RequestId
@@ -62,9 +65,13 @@ class Figures:
 
     payload_bytes: int
     handoff_ms: float
+    ray_alone_ms: float
     two_memcpys_ms: float
     ratio: float
+    """Of the handoff to two copies."""
+    ray_alone_ratio: float
     handoff_runs_ms: tuple[float, ...]
+    ray_alone_runs_ms: tuple[float, ...]
     two_memcpys_runs_ms: tuple[float, ...]
 
 
@@ -92,35 +99,46 @@ def turns(payload_bytes: int) -> int:
 
 
 class PoolSource:
-    """A `KVSource` whose prompt is computed 5 ms after decode asks for it."""
+    """A `KVSource` whose prompt is computed 5 ms after decode asks for it; then its engine copies the KV out, piece by piece."""
 
-    def __init__(self, payload_bytes: int) -> None:
+    def __init__(self, payload_bytes: int, settings: Settings) -> None:
         self._pools = Pools(payload_bytes)
+        num_tokens = payload_bytes // SPEC.token_bytes
+        self._pieces = split_range(0, num_tokens, SPEC.token_bytes, settings.piece_bytes)
+        self._copies: dict[tuple[int, int], asyncio.Future[SealedKV]] = {}
 
     async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        del key, timeout_s
+        del timeout_s
         await asyncio.sleep(0.005)  # decode asks before prefill is done
-        return Ready(first_token=0, done_unix_s=time.time())
+        done_unix_s = time.time()
+        loop, pools = asyncio.get_running_loop(), self._pools
+        table = pools.tables[key.attempt % len(pools.tables)]
+        for first, last in self._pieces:
+            copy = loop.run_in_executor(pools.thread, pools.pool.read_kv, table, first, last)
+            self._copies[first, last] = copy
+        return Ready(first_token=0, done_unix_s=done_unix_s)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
-        table = self._pools.tables[request.key.attempt % len(self._pools.tables)]
-        kv = await asyncio.get_running_loop().run_in_executor(
-            self._pools.thread, self._pools.pool.read_kv, table, request.first, request.last
-        )
-        return await seal_off_loop(request, SPEC, kv), kv
+        kv = await self._copies.pop((request.first, request.last))
+        return meta_of(request, SPEC, kv), kv.data
 
 
 class Prefill:
     """The prefill worker's side."""
 
-    def __init__(self, payload_bytes: int) -> None:
-        self._endpoint = SourceEndpoint(PoolSource(payload_bytes))
+    def __init__(self, payload_bytes: int, settings: Settings) -> None:
+        self._endpoint = SourceEndpoint(PoolSource(payload_bytes, settings))
+        self._arrays = [np.ones(payload_bytes, np.uint8) for _ in range(turns(payload_bytes))]
 
     async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
         return await self._endpoint.ready(key, timeout_s)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await self._endpoint.pull(request)
+
+    async def array(self, run: int) -> tuple[int, npt.NDArray[np.uint8]]:
+        """An array that lies ready."""
+        return run, self._arrays[run % len(self._arrays)]
 
 
 class Decode:
@@ -134,15 +152,17 @@ class Decode:
         count = turns(payload_bytes)
         self._buffers = [np.ones(payload_bytes, np.uint8) for _ in range(count + 2)]
 
-    async def measure(self, address: str, runs: int) -> list[tuple[float, float]]:
-        """Milliseconds of (handoff, two copies), run by run, after runs that touch every page."""
+    async def measure(self, address: str, runs: int) -> list[tuple[float, float, float]]:
+        """Milliseconds of (handoff, Ray alone, two copies), run by run, after runs that touch every page."""
         figures = []
+        prefill: Any = ray.get_actor(address, NAMESPACE)
         warmup = len(self._pools.tables) + 2
         for run in range(warmup + runs):
             copies_ms = self._two_copies_ms(run)
+            ray_ms = await self._ray_alone_ms(prefill, run)
             handoff_ms = await self._handoff_ms(address, run)
             if run >= warmup:
-                figures.append((handoff_ms, copies_ms))
+                figures.append((handoff_ms, ray_ms, copies_ms))
         return figures
 
     async def _handoff_ms(self, address: str, run: int) -> float:
@@ -159,6 +179,12 @@ class Decode:
                 del kv
         return (time.time() - ready.done_unix_s) * 1e3
 
+    async def _ray_alone_ms(self, prefill: Any, run: int) -> float:
+        start_s = time.perf_counter()
+        _, array = await prefill.array.remote(run)
+        np.copyto(self._buffers[run % len(self._buffers)], array)
+        return (time.perf_counter() - start_s) * 1e3
+
     def _two_copies_ms(self, run: int) -> float:
         count = len(self._buffers)
         first, second, third = (self._buffers[(run + i) % count] for i in range(3))
@@ -172,21 +198,24 @@ def measure(payload_bytes: int, settings: Settings) -> Figures:
     """One payload size, with actors of its own."""
     name = f"prefill-{payload_bytes}"
     actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
-    prefill: Any = actor(Prefill).options(name=name).remote(payload_bytes)
+    prefill: Any = actor(Prefill).options(name=name).remote(payload_bytes, settings)
     decode: Any = actor(Decode).remote(payload_bytes, settings)
     runs = ray.get(decode.measure.remote(name, settings.runs))
     for each in (prefill, decode):
         ray.kill(each)
-    handoffs, copies = (
+    handoffs, ray_alone, copies = (
         tuple(round(value, 3) for value in column) for column in zip(*runs, strict=True)
     )
-    handoff_ms, copies_ms = statistics.median(handoffs), statistics.median(copies)
+    handoff_ms, ray_ms, copies_ms = map(statistics.median, (handoffs, ray_alone, copies))
     return Figures(
         payload_bytes=payload_bytes,
         handoff_ms=handoff_ms,
+        ray_alone_ms=ray_ms,
         two_memcpys_ms=copies_ms,
         ratio=round(handoff_ms / copies_ms, 2),
+        ray_alone_ratio=round(ray_ms / copies_ms, 2),
         handoff_runs_ms=handoffs,
+        ray_alone_runs_ms=ray_alone,
         two_memcpys_runs_ms=copies,
     )
 
@@ -194,7 +223,7 @@ def measure(payload_bytes: int, settings: Settings) -> Figures:
 def main() -> None:
     """Measures, prints and writes every payload size."""
     parser = argparse.ArgumentParser(description="KV handoff between two Ray actors on one machine")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=21)
     parser.add_argument("--piece-mib", type=float, default=64)
     parser.add_argument("--payload-mib", type=float, nargs="+", default=[1 / 16, 1, 4, 16, 64, 128])
     parser.add_argument("--preallocate", action="store_true")
@@ -213,12 +242,13 @@ def main() -> None:
     )
     results: list[Figures] = []
     with start_local(cluster):
-        print(f"{'payload':>10} {'handoff':>10} {'2 memcpys':>10} {'ratio':>6}")
+        print(f"{'payload':>10} {'handoff':>10} {'Ray alone':>10} {'2 memcpys':>10} {'ratio':>6}")
         for payload_bytes in settings.payload_bytes:
             figures = measure(payload_bytes, settings)
             results.append(figures)
             print(
                 f"{payload_bytes / MIB:>6.2f} MiB {figures.handoff_ms:>7.2f} ms "
+                f"{figures.ray_alone_ms:>7.2f} ms "
                 f"{figures.two_memcpys_ms:>7.2f} ms {figures.ratio:>6.2f}",
                 flush=True,
             )
@@ -229,6 +259,7 @@ def main() -> None:
         summary={
             f"{figures.payload_bytes / MIB:g} MiB": {
                 "handoff_ms": figures.handoff_ms,
+                "ray_alone_ms": figures.ray_alone_ms,
                 "two_memcpys_ms": figures.two_memcpys_ms,
                 "ratio": figures.ratio,
             }

@@ -2,7 +2,7 @@
 
 from baton.transfer.credits import ByteCredits
 from baton.transfer.ray_store import RayTransport
-from baton.worker.actor import ActorConfig, WorkerActor, async_engine
+from baton.worker.actor import ActorConfig, WorkerActor
 from decode_worker.worker import DecodeWorker
 
 
@@ -10,7 +10,7 @@ class DecodeActor(WorkerActor):
     """Pulls from prefill actors of the same namespace."""
 
     def __init__(self, config: ActorConfig) -> None:
-        engine = async_engine(config.engine, name="decode")
+        super().__init__(config)
         budget = ByteCredits(config.settings.kv_credit_bytes)
         transport = RayTransport(budget, config.namespace)
-        super().__init__(config, DecodeWorker(config.settings, engine, transport))
+        self._worker = DecodeWorker(config.settings, self._engine, transport)

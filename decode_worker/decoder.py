@@ -190,7 +190,7 @@ class Decoder:
             request = PullRequest(key=job.key, first=first, last=last, digest=spec.digest)
             timeout_s = min(_left(end_s), settings.handoff_timeout_s)
             async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
-                kv_bytes += kv.nbytes
+                kv_bytes += kv.data.nbytes
                 work = [self._engine.import_kv(job.key, first, kv)]
                 if last == length:
                     # Sent together, so that no step of the engine comes between them.

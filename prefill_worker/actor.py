@@ -4,7 +4,7 @@ from baton.kv.spec import WireKV
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.endpoint import SourceEndpoint
 from baton.types import AttemptKey
-from baton.worker.actor import ActorConfig, WorkerActor, async_engine
+from baton.worker.actor import ActorConfig, WorkerActor
 from prefill_worker.worker import PrefillWorker
 
 
@@ -12,9 +12,9 @@ class PrefillActor(WorkerActor):
     """Found by decode under its worker id."""
 
     def __init__(self, config: ActorConfig) -> None:
-        engine = async_engine(config.engine, name="prefill")
-        worker = PrefillWorker(config.settings, engine)
-        super().__init__(config, worker)
+        super().__init__(config)
+        worker = PrefillWorker(config.settings, self._engine)
+        self._worker = worker
         self._source = SourceEndpoint(worker)
 
     async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:

@@ -8,12 +8,12 @@ pulls find nothing. A key is free for another attempt as soon as its call has le
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
 from baton.errors import AlreadyExistsError, BatonError, PreconditionError
-from baton.kv.spec import WireKV
+from baton.kv.spec import SealedKV
 from baton.transfer.base import Ready, Refused
 from baton.types import AttemptKey
 
@@ -21,14 +21,18 @@ from baton.types import AttemptKey
 class Handoff:
     """One attempt's KV, from the moment its Prefill call arrives until decode has it all."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, copies: Iterable[tuple[int, int]] = ()) -> None:
+        """`copies`: token ranges of which the engine makes copies, to be told by `keep`."""
         self.num_tokens = num_tokens
         """Length of the sequence: KV of tokens [0, num_tokens) is to be handed over."""
         self.kv_bytes = 0
         """Pulled so far."""
-        self._pieces: dict[tuple[int, int], WireKV] = {}
-        self._outcome: asyncio.Future[Ready | Refused] = asyncio.get_running_loop().create_future()
-        self._handed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._copies: dict[tuple[int, int], asyncio.Future[SealedKV | None]] = {
+            copy: loop.create_future() for copy in copies
+        }
+        self._outcome: asyncio.Future[Ready | Refused] = loop.create_future()
+        self._handed: asyncio.Future[None] = loop.create_future()
         self._pulling = 0
         self._last_pulled = False
 
@@ -37,18 +41,32 @@ class Handoff:
         if not self._outcome.done():
             self._outcome.set_result(ready)
 
-    def keep(self, first: int, kv: WireKV) -> None:
-        """Keeps a copy of tokens [first, first + T) for the pull that will ask for them."""
-        self._pieces[first, first + kv.shape[2]] = kv
+    @property
+    def copying(self) -> bool:
+        """Whether the engine still makes copies."""
+        return not all(copy.done() for copy in self._copies.values())
 
-    def take(self, first: int, last: int) -> WireKV | None:
-        """The copy of just these tokens, once."""
-        return self._pieces.pop((first, last), None)
+    def keep(self, first: int, last: int, kv: SealedKV | None) -> None:
+        """Keeps the copy of tokens [first, last) for the pull that asks for them; None where it failed."""
+        copy = self._copies.get((first, last))
+        if copy is not None and not copy.done():
+            copy.set_result(kv)
+
+    async def take(self, first: int, last: int) -> SealedKV | None:
+        """The copy of just these tokens, once, waiting for it where it is to come; None where there is none."""
+        copy = self._copies.get((first, last))
+        if copy is None:
+            return None
+        await asyncio.shield(copy)
+        self._copies.pop((first, last), None)
+        return copy.result()
 
     def end(self, error: BatonError) -> None:
         """No KV can be pulled (any more); whoever waits learns why. The first end stands."""
         if not self._outcome.done():
             self._outcome.set_result(Refused(error.reason, error.message))
+        for first, last in self._copies:
+            self.keep(first, last, None)
         if not self._handed.done():
             self._handed.set_exception(error)
             self._handed.exception()  # nobody need be waiting
@@ -91,11 +109,13 @@ class Handoffs:
         self._expected: dict[AttemptKey, list[asyncio.Future[Handoff]]] = {}
 
     @contextmanager
-    def attempt(self, key: AttemptKey, num_tokens: int) -> Iterator[Handoff]:
+    def attempt(
+        self, key: AttemptKey, num_tokens: int, copies: Iterable[tuple[int, int]] = ()
+    ) -> Iterator[Handoff]:
         """Held by the Prefill call. Raises `AlreadyExistsError` where the key is held."""
         if key in self._open:
             raise AlreadyExistsError(f"attempt {key} is already here")
-        handoff = self._open[key] = Handoff(num_tokens)
+        handoff = self._open[key] = Handoff(num_tokens, copies)
         for waiter in self._expected.pop(key, []):
             if not waiter.done():
                 waiter.set_result(handoff)

@@ -35,7 +35,7 @@ from baton.errors import (
 from baton.kv.spec import WireKV
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
-from baton.transfer.layout import seal_off_loop, split_range
+from baton.transfer.layout import meta_of, split_range
 from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
 from prefill_worker.handoffs import Handoff, Handoffs
 
@@ -92,8 +92,10 @@ class _Progress:
     opened_s: float
     started_s: float = 0.0
     cached_tokens: int = 0
+    computed: bool = False
+    """Whether the first token is out."""
     finished: bool = False
-    """Whether the first token was the last."""
+    """Whether it was the last."""
 
 
 class Prefiller:
@@ -112,28 +114,28 @@ class Prefiller:
             self._check(job)
             progress = _Progress(opened_s=time.monotonic())
             with (
-                self._handoffs.attempt(job.key, len(job.sequence)) as handoff,
-                self._copies(job) as pieces,
+                self._copies(job) as copies,
+                self._handoffs.attempt(job.key, len(job.sequence), copies) as handoff,
             ):
-                request = EngineRequest(job.key, job.sequence, Mode.PREFILL, pieces)
+                request = EngineRequest(job.key, job.sequence, Mode.PREFILL, copies)
                 async with self._engine.open(request) as batches:
                     try:
                         async for batch in batches:
                             handoff.raise_if_ended()
-                            for event in batch:
-                                told = self._tell(event, job, progress, handoff)
-                                if progress.finished:
-                                    outcome.done()
-                                if told is not None:
-                                    yield told
-                            if isinstance(batch[-1], Token):
+                            told = [self._tell(e, job, progress, handoff) for e in batch]
+                            del batch  # it holds copies, which a pull frees
+                            if progress.finished:
+                                outcome.done()
+                            for event in told:
+                                if event is not None:
+                                    yield event
+                            if progress.computed and not handoff.copying:
                                 break
                     except InternalError:
                         # Where the attempt was released, that is the reason, not what the engine makes of it.
                         handoff.raise_if_ended()
                         raise
                     if not progress.finished:
-                        del batch, event  # they hold the copies that a pull frees
                         handed = await self._hand_over(job, handoff)
                         outcome.done()
                         yield handed
@@ -171,12 +173,12 @@ class Prefiller:
                 raise PreconditionError(f"no KV is held for attempt {request.key}")
             self._check_digest(request.digest)
             with handoff.pulling(request.first, request.last):
-                kv = handoff.take(request.first, request.last)
+                kv = await handoff.take(request.first, request.last)
                 if kv is None:
                     kv = await self._engine.export_kv(request.key, request.first, request.last)
-                meta = await seal_off_loop(request, self._engine.info.spec, kv)
-                handoff.kv_bytes += kv.nbytes
-                return meta, kv
+                meta = meta_of(request, self._engine.info.spec, kv)
+                handoff.kv_bytes += kv.data.nbytes
+                return meta, kv.data
         except BatonError as error:
             self._host.metrics.record_handoff_failure(error.reason)
             return Refused(error.reason, error.message), None
@@ -196,8 +198,8 @@ class Prefiller:
 
     @contextmanager
     def _copies(self, job: PrefillJob) -> Iterator[tuple[tuple[int, int], ...]]:
-        """What decode will pull, where its settings are this worker's: copied out with the first token, so that no pull waits for the
-        prompts that are computed next. Empty where the copies kept for all attempts would be too large.
+        """What decode will pull, where its settings are this worker's: copied out right after the first token, so that no pull waits for
+        the prompts that are computed next. Empty where the copies kept for all attempts would be too large.
         """
         token_bytes = self._engine.info.spec.token_bytes
         kv_bytes = (len(job.sequence) - job.skip_tokens) * token_bytes
@@ -229,8 +231,9 @@ class Prefiller:
         if isinstance(event, Progress):
             return JobProgress(event.computed_tokens)
         if isinstance(event, Exported):
-            handoff.keep(event.first, event.kv)
+            handoff.keep(event.first, event.last, event.kv)
         if isinstance(event, Token):
+            progress.computed = True
             prefill_s = now_s - progress.started_s
             computed = len(job.sequence) - progress.cached_tokens
             self._host.metrics.record_prefill(prefill_s, computed_tokens=computed)

@@ -1,29 +1,25 @@
-"""`baton serve` under test: real processes, found again by a mark in their environment, and killed by process id."""
+"""The `baton` command under test: commands that run to their end, and `baton serve`, whose processes are found again by a mark in their
+environment and killed by process id.
+"""
 
+import json
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from baton.client import Client, ModelInfo
 from baton.errors import BatonError
 from baton.types import Role, WorkerInfo
 
 READY_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+MARK = "BATON_TEST_MARK"
 
 
 def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -34,64 +30,54 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.02)
 
 
+def baton(*args: str, stdin: str = "", timeout_s: float = 50) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "baton", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
-    """A running `baton serve`. Use as a context manager: leaving it stops everything and checks that nothing is left."""
+    """A `baton serve` that was started; see `served` and `started`."""
 
-    def __init__(self, log: Path, *flags: str) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self._flags = flags
-        self._mark = f"BATON_TEST_MARK={uuid.uuid4()}"
-        self._log = log
+    process: subprocess.Popen[bytes]
+    mark: str
+    stdout: Path
+    stderr: Path
 
-    def __enter__(self) -> Self:
-        name, value = self._mark.split("=")
-        command = [sys.executable, "-m", "baton", "serve", *self._flags]
-        port = self.address.rpartition(":")[2]
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", port, "--metrics-port", "0"],
-                env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wanted = sum(int(self._flag(f"--{role.value}", "1")) for role in Role)
-        until(lambda: len(self.workers()) == wanted, READY_S, f"workers\n{self.output()}")
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        try:
-            self.stop()
-        finally:
-            for pid in self.pids():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def stop(self) -> None:
-        """SIGTERM; everything must be gone soon after."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(40)
-        assert self.process.returncode == 0, self.output()
-        until(lambda: not self.pids(), 5, "every process is gone")
+    @property
+    def address(self) -> str:
+        """The router's, as told by the ready line; empty while there is none."""
+        line, complete, _ = self.stdout.read_text().partition("\n")
+        if not complete:
+            return ""
+        return str(json.loads(line)["address"]) if line.startswith("{") else line.split()[1]
 
     def output(self) -> str:
-        """What it printed so far."""
-        return self._log.read_text(errors="replace")
+        """What it has told people so far, on stderr."""
+        return self.stderr.read_text(errors="replace")
 
-    def pids(self) -> list[int]:
-        """Every process that it started, and that runs."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    running = (entry / "stat").read_text().rpartition(") ")[2][0] not in "ZX"
-                    if running and self._mark.encode() in (entry / "environ").read_bytes().split(
-                        b"\0"
-                    ):
-                        found.append(int(entry.name))
-        return found
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal and waits for the end; returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(40)
+
+    def processes(self) -> dict[int, str]:
+        """The command lines, by process id, of everything that it started and that runs, itself included."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            # A process that has ended meanwhile, or is another user's, has nothing to read.
+            with suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    found[int(entry.name)] = line
+        return {pid: line for pid, line in found.items() if line}
 
     def model(self) -> ModelInfo:
         with Client(self.address) as client:
@@ -106,18 +92,57 @@ class Served:
             return []
         return [w for w in members if role in (None, w.role)]
 
-    def kill(self, worker: WorkerInfo, sig: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, worker: WorkerInfo, number: signal.Signals = signal.SIGKILL) -> None:
         """Signals a worker's process, once it is sure that it is one of ours."""
-        assert worker.pid in self.pids()
-        os.kill(worker.pid, sig)
+        assert worker.pid in self.processes()
+        os.kill(worker.pid, number)
 
-    def _flag(self, name: str, default: str) -> str:
-        flags = list(self._flags)
-        return flags[flags.index(name) + 1] if name in flags else default
+    def end(self) -> None:
+        """Stops what the test has left running, which must go in order and leave nothing; a serve that the test has ended itself was
+        the test's to check. Either way, no process is left.
+        """
+        try:
+            if self.process.poll() is None:
+                assert self.stop() == 0, self.output()
+                until(lambda: not self.processes(), 5, "every process is gone")
+        finally:
+            for pid in self.processes():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait(10)
+
+
+Serve = Callable[..., Served]
+"""Takes flags."""
 
 
 @contextmanager
 def served(directory: Path, *flags: str) -> Iterator[Served]:
-    """Serves with these flags and keeps the output in the directory."""
-    with Served(directory / f"serve-{uuid.uuid4().hex[:6]}.log", *flags) as running:
+    """As `started`, when every worker has joined."""
+    with started(directory, *flags) as running:
+        process = running.process
+        until(lambda: bool(running.address) or process.poll() is not None, READY_S, "ready")
+        assert running.address, f"exit code {process.poll()}\n{running.output()}"
         yield running
+
+
+@contextmanager
+def started(directory: Path, *flags: str) -> Iterator[Served]:
+    """Runs `baton serve` with these flags inside the context, on free ports, and keeps its output in the directory."""
+    mark = secrets.token_hex(8)
+    stdout, stderr = directory / f"serve-{mark}.stdout", directory / f"serve-{mark}.stderr"
+    command = [sys.executable, "-m", "baton", "serve", "--port", "0", "--metrics-port", "0"]
+    with stdout.open("wb") as out, stderr.open("wb") as err:
+        process = subprocess.Popen(
+            [*command, *flags],
+            env=os.environ | {MARK: mark, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    running = Served(process, mark, stdout, stderr)
+    try:
+        yield running
+    finally:
+        running.end()

@@ -7,29 +7,65 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.status import Status
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from baton import __version__
 from baton.cli.config import ServeConfig
+from baton.engine.progress import Progress, in_words, paced
 from baton.service.settings import LogFormat
 from baton.types import WorkerInfo
+
+BAR_CELLS = 40
+
+
+class LoadBars:
+    """A step under way, with a bar beneath it for each worker that loads its weights. Changed on the event loop, drawn by rich's thread."""
+
+    def __init__(self, step: str) -> None:
+        self._step = step
+        self._loaded: dict[str, tuple[int, int]] = {}
+
+    def show(self, worker_id: str, loaded_bytes: int, total_bytes: int) -> None:
+        self._loaded[worker_id] = (loaded_bytes, total_bytes)
+
+    def remove(self, worker_id: str) -> None:
+        """It may have none."""
+        self._loaded.pop(worker_id, None)
+
+    def __rich__(self) -> RenderableType:
+        bars = Table.grid(padding=(0, 1))
+        for worker_id, (loaded, total) in list(self._loaded.items()):
+            bar = ProgressBar(total=total, completed=loaded, width=BAR_CELLS)
+            bars.add_row(escape(worker_id), bar, in_words(loaded, total))
+        step = f"[bold]{escape(self._step)}[/]"
+        return Group(step, bars) if bars.rows else Text.from_markup(step)
 
 
 class Announcer:
     """Speaks to people, or with JSON logs to machines. Used on the serve process's event loop only."""
 
-    def __init__(self, console: Console, log_format: LogFormat) -> None:
+    def __init__(
+        self,
+        console: Console,
+        log_format: LogFormat,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
         self._json = log_format is LogFormat.JSON
-        self._status: Status | None = None
-        self._began_s = time.monotonic()
+        self._clock = clock
+        self._bars: LoadBars | None = None
+        """While a terminal shows a step."""
+        self._began_s = clock()
 
     @contextmanager
     def starting(self, step: str) -> Iterator[None]:
@@ -38,16 +74,36 @@ class Announcer:
             self.event(step)
             yield
             return
-        with self._console.status(f"[bold]{escape(step)}[/]") as self._status:
-            yield
-        self._status = None
+        self._bars = LoadBars(step)
+        try:
+            with self._console.status(self._bars):
+                yield
+        finally:
+            self._bars = None
+
+    @contextmanager
+    def loading(self, worker_id: str) -> Iterator[Progress]:
+        """Shows how much of its weights a worker has loaded, where that takes a while: a bar beneath the spinner, or a line now and then.
+        To be told on the event loop.
+        """
+        bars = self._bars
+        if bars is None:
+            yield paced(
+                lambda *loaded: self.event(f"{worker_id} loaded {in_words(*loaded)}"),
+                clock=self._clock,
+            )
+            return
+        try:
+            yield paced(partial(bars.show, worker_id), interval_s=0.0, clock=self._clock)
+        finally:
+            bars.remove(worker_id)
 
     def event(self, message: str, *, style: str = "dim") -> None:
         """One line about the fleet."""
         if self._json:
             self._write_json("event", message=message)
         else:
-            elapsed_s = time.monotonic() - self._began_s
+            elapsed_s = self._clock() - self._began_s
             self._console.print(
                 f"[dim]{elapsed_s:6.1f} s[/]  [{style}]{escape(message)}[/]", soft_wrap=True
             )
@@ -80,7 +136,7 @@ class Announcer:
 
     def ready(self, config: ServeConfig) -> None:
         """The line that scripts wait for."""
-        elapsed_s = time.monotonic() - self._began_s
+        elapsed_s = self._clock() - self._began_s
         if self._json:
             self._write_json("ready", address=config.address, seconds=round(elapsed_s, 3))
         else:

@@ -11,6 +11,7 @@ from baton.cli.config import ServeConfig
 from baton.cli.router_process import environment
 from baton.engine.aio import AsyncEngine
 from baton.engine.build import build_engine
+from baton.engine.progress import Progress
 from baton.errors import InternalError
 from baton.service.groups import first_error
 from baton.service.settings import RouterSettings, WorkerSettings
@@ -37,13 +38,11 @@ class MemoryFleet:
         router = RouterApp(settings, await asyncio.to_thread(load_tokenizer, settings))
         await router.start()
         self._router = router
-        self._workers = [
-            self._worker(role, worker) for role, worker in self._config.workers(os.environ)
-        ]
-        with self._announcer.starting(f"loading the model into {len(self._workers)} workers"):
+        workers = self._config.workers(os.environ)
+        with self._announcer.starting(f"loading the model into {len(workers)} workers"):
             try:
                 async with asyncio.TaskGroup() as group:
-                    starts = [group.create_task(worker.start()) for worker in self._workers]
+                    starts = [group.create_task(self._start(*each)) for each in workers]
             except BaseExceptionGroup as errors:
                 raise first_error(errors) from errors
         return tuple(start.result() for start in starts)
@@ -69,8 +68,26 @@ class MemoryFleet:
             if router is not None:
                 await router.stop()
 
-    def _worker(self, role: Role, settings: WorkerSettings) -> PrefillWorker | DecodeWorker:
-        engine = AsyncEngine(partial(build_engine, self._config.engine), name=settings.worker_id)
+    async def _start(self, role: Role, settings: WorkerSettings) -> WorkerInfo:
+        with self._announcer.loading(settings.worker_id) as progress:
+            worker = self._worker(role, settings, progress)
+            self._workers.append(worker)
+            return await worker.start()
+
+    def _worker(
+        self, role: Role, settings: WorkerSettings, progress: Progress
+    ) -> PrefillWorker | DecodeWorker:
+        loop, starting = asyncio.get_running_loop(), asyncio.current_task()
+        assert starting is not None
+
+        def report(loaded_bytes: int, total_bytes: int) -> None:
+            """By the engine's thread. Ends the load where nobody waits for it any more: the process could not end in peace meanwhile."""
+            if starting.cancelling():
+                raise asyncio.CancelledError
+            loop.call_soon_threadsafe(progress, loaded_bytes, total_bytes)
+
+        build = partial(build_engine, self._config.engine, report)
+        engine = AsyncEngine(build, name=settings.worker_id)
         if role is Role.PREFILL:
             worker = PrefillWorker(settings, engine)
             self._sources.add(settings.transfer_address, worker)

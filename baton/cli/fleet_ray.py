@@ -69,7 +69,8 @@ class WorkerSlot:
             num_gpus=self._num_gpus,
         )
         began_s = time.monotonic()
-        self._worker = await launch(ACTORS[self._role], config)
+        with self._announcer.loading(name) as progress:
+            self._worker = await launch(ACTORS[self._role], config, progress)
         self._announcer.event(f"{name} is up after {time.monotonic() - began_s:.1f} s")
         return self._worker.info
 

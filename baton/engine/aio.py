@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from baton.engine.base import Engine, EngineEvent, EngineInfo, EngineRequest, Failed, Token
 from baton.errors import AlreadyExistsError, InternalError
-from baton.kv.spec import WireKV
+from baton.kv.spec import SealedKV
 from baton.types import AttemptKey, BlockHash, PrefixDelta, WorkerLoad
 
 _log = logging.getLogger(__name__)
@@ -66,11 +66,16 @@ class _Stream:
 
     def __init__(self) -> None:
         self._events: list[EngineEvent] = []
+        self._finished = False
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
     def push(self, event: EngineEvent) -> None:
-        self._events.append(event)
+        if isinstance(event, Failed):
+            self._error = event.error
+        else:
+            self._events.append(event)
+            self._finished = isinstance(event, Token) and event.finish is not None
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
@@ -81,17 +86,17 @@ class _Stream:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            events, self._events = self._events, []
-            last = events[-1] if events else None
-            if isinstance(last, Failed):
-                self.fail(last.error)
-                events.pop()
-            if events:
-                yield tuple(events)
+            if self._events:
+                yield self._take()
             if self._error is not None:
                 raise self._error
-            if isinstance(last, Token) and last.finish is not None:
+            if self._finished and not self._events:
                 return
+
+    def _take(self) -> tuple[EngineEvent, ...]:
+        """What has come; nothing here holds it any longer."""
+        events, self._events = tuple(self._events), []
+        return events
 
 
 @dataclass(slots=True)
@@ -171,11 +176,11 @@ class AsyncEngine:
             del self._streams[key]
             self._post(lambda engine: engine.release(key))
 
-    async def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
+    async def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         """See `Engine.export_kv`."""
         return await self._call(lambda engine: engine.export_kv(key, first, last))
 
-    async def import_kv(self, key: AttemptKey, first: int, kv: WireKV) -> None:
+    async def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         """See `Engine.import_kv`. The buffer must stay valid until this returns or, if cancelled, until the engine has moved on: the
         command keeps a reference to it.
         """
@@ -291,6 +296,7 @@ class AsyncEngine:
                 load, load_at_s = engine.load(), now_s
             turn = _Turn(results, events, load, engine.take_prefix_delta())
             self._tell(partial(self._settle, turn))
+            del results, events, turn  # nor are copies of KV
 
     def _tell(self, callback: Callable[[], None]) -> None:
         try:

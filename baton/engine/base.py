@@ -6,7 +6,7 @@ resource is held under an `AttemptKey` and freed by `release`, which is idempote
 Life of a request in an engine, by mode:
 
     LOCAL    add → … Started → Progress* → Token → … Token(finish)
-    PREFILL  add → … Started → Progress* → Exported* → Token → [KV held: export_kv] → release
+    PREFILL  add → … Started → Progress* → Token → Exported* → [KV held: export_kv] → release
     DECODE   add → … Reserved → [import_kv] → Token → … Token(finish)
 
 A Token with a finish reason is the last event of its key; the engine has then released LOCAL and DECODE requests by itself,
@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Protocol
 
 from baton.errors import BatonError
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -48,8 +48,8 @@ class EngineRequest:
     sequence: Sequence
     mode: Mode
     export: tuple[tuple[int, int], ...] = ()
-    """PREFILL: token ranges [first, last) to copy out with the first token. What is asked for later, by `export_kv`, waits for the
-    step that runs then.
+    """PREFILL: token ranges [first, last) to copy out right after the first token, in order, before any other request's step. What
+    is asked for later, by `export_kv`, waits for the step that runs then.
     """
 
 
@@ -84,7 +84,9 @@ class Exported:
 
     key: AttemptKey
     first: int
-    kv: WireKV
+    last: int
+    kv: SealedKV | None
+    """None where the copy failed; `export_kv` may try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +158,16 @@ class Engine(Protocol):
         """Schedules and computes one batch; returns what happened, in order."""
         ...
 
-    def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
+    def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         """Copies the KV of tokens [first, last) out of the pool into a new wire buffer. Precondition: a PREFILL request whose first
         token is out and which has not finished; else raises `PreconditionError`. The blocks stay held.
         """
         ...
 
-    def import_kv(self, key: AttemptKey, first: int, kv: WireKV) -> None:
-        """Copies the KV of tokens [first, first + T) into the reserved blocks. Several calls may cover the range piecewise, in
-        order. Precondition: Reserved; else raises `PreconditionError`. The buffer is not kept.
+    def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
+        """Copies the KV of tokens [first, first + T) into the reserved blocks and verifies it on the way. Several calls may cover the
+        range piecewise, in order. Precondition: Reserved; else raises `PreconditionError`. Raises `CorruptKVError` where the
+        bytes are not those sealed; they have left no trace then. The buffer is not kept.
         """
         ...
 

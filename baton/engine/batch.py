@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.engine.base import EngineInfo
-from baton.kv.spec import WireKV
+from baton.kv.spec import SealedKV
 from baton.types import PositionLogprobs, SamplingParams
 
 
@@ -59,10 +59,12 @@ class Runner(Protocol):
         """
         ...
 
-    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         """A new wire buffer with the KV of tokens [first, last) of the sequence in these blocks."""
         ...
 
-    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
-        """Writes a wire buffer as the KV of tokens [first, first + T). The buffer is not kept and may be read-only."""
+    def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
+        """Writes a wire buffer as the KV of tokens [first, first + T). The buffer is not kept. Raises `CorruptKVError` where it is not
+        what was sealed; then nothing of it is left.
+        """
         ...

@@ -2,19 +2,22 @@
 
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
+from baton.engine.progress import Progress
 from baton.engine.sim import SimConfig, build_sim_engine
 
 
-def build_engine(config: EngineConfig | SimConfig) -> PagedEngine:
-    """Returns an engine that is ready to step. Raises `ModelLoadError`."""
-    return build_sim_engine(config) if isinstance(config, SimConfig) else build_torch_engine(config)
+def build_engine(config: EngineConfig | SimConfig, progress: Progress | None = None) -> PagedEngine:
+    """Returns an engine that is ready to step; `progress` is called by this thread while weights load. Raises `ModelLoadError`."""
+    if isinstance(config, SimConfig):
+        return build_sim_engine(config)
+    return build_torch_engine(config, progress)
 
 
-def build_torch_engine(config: EngineConfig) -> PagedEngine:
-    """Loads the model. Raises `ModelLoadError`."""
+def build_torch_engine(config: EngineConfig, progress: Progress | None = None) -> PagedEngine:
+    """As `build_engine`."""
     from baton.engine.runner import TorchRunner  # noqa: PLC0415 - imports torch
 
-    runner = TorchRunner(config)
+    runner = TorchRunner(config, progress=progress)
     runner.warm_up()
     return PagedEngine(
         runner,

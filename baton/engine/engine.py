@@ -1,7 +1,8 @@
 """Continuous batching over a paged KV pool: the engine behind `baton.engine.base.Engine`, for any runner.
 
 A step is plan (`baton.scheduling.plan`), run (the runner), settle (tokens, prefix cache, events); one that admits or preempts
-returns after the plan, and the next call runs it. The engine keeps the books, so its invariants can be checked after every step:
+returns after the plan, and the next call runs it. Each copy that a finished prompt asked for is a step of its own, before all
+others. The engine keeps the books, so its invariants can be checked after every step:
 
 * a request's table holds blocks for every computed token, and the pool's holder counts equal the tables;
 * a block is published to the prefix cache only once all of its tokens are computed;
@@ -10,7 +11,7 @@ returns after the plan, and the next call runs it. The engine keeps the books, s
 Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors are the runner's business.
 """
 
-from contextlib import suppress
+from collections import deque
 from dataclasses import replace
 
 from baton.engine.base import (
@@ -37,7 +38,7 @@ from baton.errors import (
     PreconditionError,
 )
 from baton.kv.blocks import BlockPool
-from baton.kv.spec import WireKV
+from baton.kv.spec import SealedKV
 from baton.scheduling.plan import Limits, Running, plan_step
 from baton.types import AttemptKey, PrefixDelta, WorkerLoad
 
@@ -73,6 +74,8 @@ class PagedEngine:
         self._running: list[RequestState] = []
         self._batch: list[tuple[RequestState, int]] = []
         """Planned, not yet computed: how many tokens of which requests."""
+        self._exports: deque[tuple[RequestState, int, int]] = deque()
+        """Copies to make: which tokens [first, last) of which requests."""
         self._settled = True
         """Nothing changed since a step that found nothing to do."""
 
@@ -121,9 +124,14 @@ class PagedEngine:
         return True
 
     def has_work(self) -> bool:
-        return bool(self._running or self._batch or (self._waiting and not self._settled))
+        if self._running or self._batch or self._exports:
+            return True
+        return bool(self._waiting and not self._settled)
 
     def step(self) -> tuple[EngineEvent, ...]:
+        if self._exports:
+            # One at a time: another worker can fetch the first while the second is made.
+            return tuple(self._export(*self._exports.popleft()))
         if not self._batch:
             events = self._prepare()
             if events:
@@ -131,7 +139,7 @@ class PagedEngine:
                 return tuple(events)
         return tuple(self._compute())
 
-    def export_kv(self, key: AttemptKey, first: int, last: int) -> WireKV:
+    def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         state = self._requests.get(key)
         if state is None or state.stage is not Stage.HELD:
             raise PreconditionError(f"no finished KV is held for attempt {key}")
@@ -141,9 +149,9 @@ class PagedEngine:
             )
         return self._runner.read_kv(state.table, first, last)
 
-    def import_kv(self, key: AttemptKey, first: int, kv: WireKV) -> None:
+    def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         state = self._reserved(key)
-        last = first + kv.shape[2]
+        last = first + kv.data.shape[2]
         if first != state.num_computed or last > state.num_given:
             raise PreconditionError(
                 f"tokens [{first}, {last}) do not continue the {state.num_computed} imported "
@@ -286,7 +294,7 @@ class PagedEngine:
             if result is None:
                 events.append(Progress(state.key, state.num_computed))
             else:
-                events += self._settle(state, result)
+                events.append(self._settle(state, result))
         return events
 
     def _run_alone(self, row: BatchRow) -> Sampled | BatonError | None:
@@ -307,21 +315,25 @@ class PagedEngine:
             else None,
         )
 
-    def _settle(self, state: RequestState, sampled: Sampled) -> list[EngineEvent]:
+    def _settle(self, state: RequestState, sampled: Sampled) -> Token:
         index = state.append(sampled.token_id)
         finish = state.finish_reason(self._eos, self._info.max_context_tokens)
-        events: list[EngineEvent] = []
         if finish is not None:
             self.release(state.key)
         elif state.mode is Mode.PREFILL:
             self._running.remove(state)
             state.stage = Stage.HELD
-            # A copy that fails is not this step's failure: the pull asks again, and gets the error.
-            with suppress(MemoryError, RuntimeError):
-                for first, last in state.export:
-                    kv = self._runner.read_kv(state.table, first, last)
-                    events.append(Exported(state.key, first, kv))
+            self._exports += ((state, first, last) for first, last in state.export)
         elif not self._kv_cache:
             state.num_computed = 0
-        events.append(Token(state.key, index, sampled.token_id, sampled.logprobs, finish))
-        return events
+        return Token(state.key, index, sampled.token_id, sampled.logprobs, finish)
+
+    def _export(self, state: RequestState, first: int, last: int) -> list[EngineEvent]:
+        if self._requests.get(state.key) is not state:
+            return []
+        try:
+            kv = self._runner.read_kv(state.table, first, last)
+        except (MemoryError, RuntimeError):
+            # Not the engine's failure: the pull asks again, and gets the error.
+            return [Exported(state.key, first, last, None)]
+        return [Exported(state.key, first, last, kv)]

@@ -7,7 +7,7 @@ a `ModelLoadError` that names the file. Called by the engine thread, while the r
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,9 @@ from torch import Tensor
 from baton.engine.config import ModelConfig
 from baton.engine.fields import Fields, read_fields
 from baton.engine.model import Decoder
+from baton.engine.progress import Progress
 from baton.engine.weights import build_decoder, expected_shapes, tensor_prefix
 from baton.errors import ModelLoadError
-
-Progress = Callable[[int, int], None]
-"""Called with (loaded bytes, all bytes), from the loading thread."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER_BYTES = 100_000_000
@@ -144,7 +142,7 @@ def load_decoder(
     context_tokens: int,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Checks names, dtypes and shapes, then loads tensor by tensor."""
+    """Checks names, dtypes and shapes, then loads tensor by tensor, with a report after each."""
     prefix = tensor_prefix(config, checkpoint.tensors)
     wanted = expected_shapes(config, prefix)
     for name, shape in wanted.items():

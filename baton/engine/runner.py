@@ -12,18 +12,13 @@ from baton.engine.attention import plan_batch
 from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.config import EngineConfig, load_model_config, resolve
-from baton.engine.loader import (
-    Progress,
-    find_checkpoint,
-    fingerprint,
-    load_decoder,
-    open_checkpoint,
-)
+from baton.engine.loader import find_checkpoint, fingerprint, load_decoder, open_checkpoint
 from baton.engine.memory import free_memory_bytes
+from baton.engine.progress import Progress
 from baton.engine.sampling import sample
 from baton.errors import ModelLoadError
 from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
-from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.kv.spec import KVDtype, KVSpec, SealedKV
 from baton.types import SamplingParams
 
 _POOL_SHARE = {"cpu": 0.25, "cuda": 0.85}
@@ -38,7 +33,7 @@ class TorchRunner:
     """Implements `Runner`."""
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
-        """Loads the model. Raises `ModelLoadError`."""
+        """Loads the model; `progress` is called by this thread. Raises `ModelLoadError`."""
         directory = find_checkpoint(config.model)
         model = load_model_config(directory)
         config = resolve(config, model)
@@ -134,10 +129,10 @@ class TorchRunner:
         self.run([BatchRow([0] * length, 0, blocks, SampleInput(params, [0], []))])
         self.run([BatchRow([0], length, blocks, SampleInput(params, [0], [0]))])
 
-    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         with torch.inference_mode():
             return self._pool.read_kv(block_table, first, last)
 
-    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
+    def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
         with torch.inference_mode():
             self._pool.write_kv(block_table, first, kv)

@@ -16,7 +16,8 @@ from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.engine import PagedEngine
 from baton.engine.noise import uniform
-from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.kv.checksum import RunningChecksum, sealed
+from baton.kv.spec import KVDtype, KVSpec, SealedKV
 from baton.types import PositionLogprobs, TokenLogprob
 
 _MODULUS = 65521
@@ -80,15 +81,18 @@ class SimRunner:
             time.sleep(delay_s)
         return [self._run_row(row) for row in rows]
 
-    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         slots = self._slot_ids(block_table, last)[first:]
         kv = np.empty(self._info.spec.wire_shape(last - first), np.float32)
         kv[:, 0, :, 0, :] = self._slots[slots]
-        return kv
+        return sealed(kv)
 
-    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
-        slots = self._slot_ids(block_table, first + kv.shape[2])[first:]
-        self._slots[slots] = kv[0, 0, :, 0, :]
+    def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
+        checksum = RunningChecksum()
+        checksum.add(kv.data)
+        checksum.compare(kv)
+        slots = self._slot_ids(block_table, first + kv.data.shape[2])[first:]
+        self._slots[slots] = kv.data[0, 0, :, 0, :]
 
     def _slot_ids(self, block_table: Sequence[int], num_tokens: int) -> npt.NDArray[np.int64]:
         """[num_tokens]: where each token's KV is."""

@@ -6,14 +6,17 @@ Which block belongs to whom is not known here (`baton.kv.blocks`); slots are wri
 sequence's length are masked, so blocks are never cleared. Used by the engine thread only.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from baton.kv.spec import KVDtype, KVSpec, WireKV
+from baton.errors import CorruptKVError
+from baton.kv.checksum import RunningChecksum, sealed
+from baton.kv.spec import KVDtype, KVSpec, SealedKV, WireKV
 from baton.kv.wire_buffers import WireBuffers
 
 TORCH_DTYPES = {
@@ -86,80 +89,119 @@ class KVPool:
             spec.head_dim,
         )
         dtype = TORCH_DTYPES[spec.dtype]
-        # On CPU numpy allocates: the kernel hands out zero pages only when they are first written.
-        self._host: WireKV | None = None
+        self._planes: WireKV | None = None
+        """On CPU the same memory, `[2 * L, B, S * H * D]`: the copies' view of it."""
         if device == "cpu":
-            self._host = np.zeros(shape, spec.dtype.wire_dtype)
-            self.data = torch.from_numpy(self._host).view(dtype)
+            # Numpy allocates: the kernel hands out zero pages only when they are first written.
+            host = np.zeros(shape, spec.dtype.wire_dtype)
+            self._planes = host.reshape(2 * spec.num_layers, num_blocks, -1)
+            self.data = torch.from_numpy(host).view(dtype)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.layers = tuple(LayerKV(*self.data[:, layer]) for layer in range(spec.num_layers))
 
-    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> WireKV:
+    def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         """A new wire buffer with the KV of tokens [first, last) of the sequence in these blocks."""
         wire = self._buffers.empty(self._spec.wire_shape(last - first), self._spec.dtype.wire_dtype)
-        if self._host is not None:
-            out, pool = _by_token(wire), _by_slot(self._host)
-            for at, slot, count in self._runs(block_table, first, last):
-                out[:, at : at + count] = pool[:, slot : slot + count]
-            return wire
-        slots = self._slots(block_table, first, last)
-        chosen = self.data.flatten(2, 3).index_select(2, slots)
-        torch.from_numpy(wire).copy_(chosen.view(_wire_torch_dtype(self._spec.dtype)))
-        return wire
+        if self._planes is None:
+            slots = self._slots(block_table, first, last)
+            chosen = self.data.flatten(2, 3).index_select(2, slots)
+            torch.from_numpy(wire).copy_(chosen.view(_wire_torch_dtype(self._spec.dtype)))
+            return sealed(wire)
+        place, checksum = self._place(block_table, first, last), RunningChecksum()
+        for plane, out in zip(self._planes, _by_plane(wire), strict=True):
+            place.copy_out(plane, out)
+            checksum.add(out)
+        return SealedKV(wire, checksum.value)
 
-    def write_kv(self, block_table: Sequence[int], first: int, kv: WireKV) -> None:
-        """Writes a wire buffer as the KV of tokens [first, first + T). The buffer is not kept and may be read-only."""
-        tokens = kv.shape[2]
-        assert kv.shape == self._spec.wire_shape(tokens), kv.shape
-        assert kv.dtype == self._spec.dtype.wire_dtype, kv.dtype
-        if self._host is not None:
-            source, pool = _by_token(kv), _by_slot(self._host)
-            for at, slot, count in self._runs(block_table, first, first + tokens):
-                pool[:, slot : slot + count] = source[:, at : at + count]
+    def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
+        """Writes a wire buffer as the KV of tokens [first, first + T), and verifies it on the way. The buffer is not kept. Raises
+        `CorruptKVError` where it is not what was sealed; then nothing of it is left in the pool.
+        """
+        tokens = kv.data.shape[2]
+        assert kv.data.shape == self._spec.wire_shape(tokens), kv.data.shape
+        assert kv.data.dtype == self._spec.dtype.wire_dtype, kv.data.dtype
+        if self._planes is None:
+            self._write_to_device(self._slots(block_table, first, first + tokens), kv)
             return
+        place, checksum = self._place(block_table, first, first + tokens), RunningChecksum()
+        for plane, source in zip(self._planes, _by_plane(kv.data), strict=True):
+            checksum.add(source)
+            place.copy_in(source, plane)
+        try:
+            checksum.compare(kv)
+        except CorruptKVError:
+            # Bytes that nobody vouches for may be numbers that are not finite.
+            nothing = np.zeros_like(_by_plane(kv.data)[0])
+            for plane in self._planes:
+                place.copy_in(nothing, plane)
+            raise
+
+    def _write_to_device(self, slots: Tensor, kv: SealedKV) -> None:
         # torch takes no read-only arrays, so the bytes go through pinned memory, which the copy to the device wants anyway.
-        staged = torch.empty(kv.shape, dtype=_wire_torch_dtype(self._spec.dtype), pin_memory=True)
-        np.copyto(staged.numpy(), kv)
-        slots = self._slots(block_table, first, first + tokens)
+        dtype = _wire_torch_dtype(self._spec.dtype)
+        staged = torch.empty(kv.data.shape, dtype=dtype, pin_memory=True)
+        checksum = RunningChecksum()
+        for out, source in zip(_by_plane(staged.numpy()), _by_plane(kv.data), strict=True):
+            checksum.add(source)
+            np.copyto(out, source)
+        checksum.compare(kv)
         values = staged.to(self.data.device).view(self.data.dtype)
         self.data.flatten(2, 3).index_copy_(2, slots, values)
 
-    def _runs(
-        self, block_table: Sequence[int], first: int, last: int
-    ) -> Iterator[tuple[int, int, int]]:
-        """Cuts tokens [first, last) into runs whose slots are consecutive.
-
-        [first + at, first + at + count)   tokens of the run
-        [slot, slot + count)               their slots
-        """
-        size, token = self._block_size, first
-        while token < last:
-            index, offset = divmod(token, size)
-            slot, end = block_table[index] * size + offset, index + 1
-            while end * size < last and block_table[end] == block_table[end - 1] + 1:
-                end += 1
-            count = min(last, end * size) - token
-            yield token - first, slot, count
-            token += count
+    def _place(self, block_table: Sequence[int], first: int, last: int) -> "_Place":
+        width = self._spec.num_kv_heads * self._spec.head_dim
+        return _Place(block_table, first, last, size=self._block_size, width=width)
 
     def _slots(self, block_table: Sequence[int], first: int, last: int) -> Tensor:
         # -> [last - first]
-        runs = self._runs(block_table, first, last)
-        slots = [torch.arange(slot, slot + count) for _, slot, count in runs]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *slots]).to(self.data.device)
+        blocks = torch.tensor(block_table, dtype=torch.int64)
+        slots = blocks[:, None] * self._block_size + torch.arange(self._block_size)
+        return slots.flatten()[first:last].to(self.data.device)
 
 
-def _by_token(wire: WireKV) -> WireKV:
-    # [2, L, T, H, D] -> [2 * L, T, H * D]
-    planes, num_layers, tokens, heads, head_dim = wire.shape
-    return wire.reshape(planes * num_layers, tokens, heads * head_dim)
+class _Place:
+    """Where tokens [first, last) of a sequence are in a plane of the pool, cut at the borders of blocks.
+
+    [first, head)   the end of a block
+    [head, tail)    whole blocks
+    [tail, last)    the start of a block
+    """
+
+    # plane: [B, S * W]  wire: [T * W], with W = H * D
+    def __init__(
+        self, block_table: Sequence[int], first: int, last: int, *, size: int, width: int
+    ) -> None:
+        head = min(last, -(-first // size) * size)
+        tail = max(head, last // size * size)
+        self._blocks = np.array(block_table[head // size : tail // size], np.intp)
+        self._middle = slice((head - first) * width, (tail - first) * width)
+        self._ends: list[tuple[slice, tuple[int, slice]]] = []
+        for start, end in ((first, head), (tail, last)):
+            if start < end:
+                index, offset = divmod(start, size)
+                slots = slice(offset * width, (offset + end - start) * width)
+                part = slice((start - first) * width, (end - first) * width)
+                self._ends.append((part, (block_table[index], slots)))
+
+    def copy_out(self, plane: WireKV, wire: WireKV) -> None:
+        """From the pool."""
+        for part, slots in self._ends:
+            wire[part] = plane[slots]
+        middle = wire[self._middle].reshape(len(self._blocks), plane.shape[1])
+        # "clip" writes into `out` directly; no index is out of range.
+        np.take(plane, self._blocks, axis=0, out=middle, mode="clip")
+
+    def copy_in(self, wire: WireKV, plane: WireKV) -> None:
+        """Into the pool."""
+        for part, slots in self._ends:
+            plane[slots] = wire[part]
+        plane[self._blocks] = wire[self._middle].reshape(len(self._blocks), plane.shape[1])
 
 
-def _by_slot(pool: WireKV) -> WireKV:
-    # [2, L, B, S, H, D] -> [2 * L, B * S, H * D]
-    planes, num_layers, blocks, size, heads, head_dim = pool.shape
-    return pool.reshape(planes * num_layers, blocks * size, heads * head_dim)
+def _by_plane(kv: WireKV) -> WireKV:
+    # [2, L, T, H, D] -> [2 * L, T * H * D]
+    return kv.reshape(kv.shape[0] * kv.shape[1], math.prod(kv.shape[2:]))
 
 
 def _wire_torch_dtype(dtype: KVDtype) -> torch.dtype:

@@ -17,6 +17,16 @@ WireKV = npt.NDArray[np.generic]
 """KV cache in wire layout."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SealedKV:
+    """KV as it leaves a pool and enters another; whoever writes it into a pool verifies it."""
+
+    data: WireKV
+    """Contiguous; may be read-only."""
+    checksum: int
+    """XXH3-64 of its bytes when they left their pool."""
+
+
 class KVDtype(Enum):
     """Element type of the cache."""
 

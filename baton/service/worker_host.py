@@ -105,8 +105,8 @@ class WorkerHost:
         async with AsyncExitStack() as undo:
             port = await self._server.start()
             undo.push_async_callback(self._server.stop, 0)
-            await self.engine.start()
             undo.push_async_callback(self._stop_engine)
+            await self.engine.start()
             # Routers are told of the free blocks with the first heartbeat.
             await self.engine.refresh_load()
             self.metrics.watch(lambda: self.engine.load, lambda: self.engine.stalled_s)

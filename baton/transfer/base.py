@@ -5,7 +5,7 @@
                                     ◀─────── Ready | Refused
     transport.pull(address, PullRequest) ──▶ source.pull        copies [first, last) out of the pool
                                     ◀─────── (KVMeta, buffer)   the buffer is decode's: prefill may die now
-    verify, import into the pool, leave the context: the buffer is dropped and its byte credit returned
+    import into the pool, which verifies, leave the context: the buffer is dropped and its byte credit returned
 
 Credit is taken only once the KV exists, so a pull that waits for a slow prefill holds nothing that another pull needs.
 Failures cross the wire as values (`Refused`), not as pickled exceptions. Both sides run in their worker's event loop.
@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.types import AttemptKey
 
 
@@ -62,7 +62,7 @@ class KVMeta:
     dtype: str
     digest: str
     checksum: int
-    """XXH3-64 of the buffer's bytes."""
+    """XXH3-64 of the buffer's bytes when they left the pool."""
 
 
 class KVSource(Protocol):
@@ -90,10 +90,10 @@ class KVTransport(Protocol):
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float
-    ) -> AbstractAsyncContextManager[WireKV]:
-        """The verified buffer, read-only, valid inside the context only. Waits for the buffer's bytes of credit first. `spec` is decode's,
-        the one that `request.digest` names. Raises `CorruptKVError` where digest, epoch, range, shape or checksum differ from what was
-        asked.
+    ) -> AbstractAsyncContextManager[SealedKV]:
+        """The buffer, read-only, valid inside the context only, and the checksum that it was sealed with: whoever copies the bytes
+        verifies them. Waits for the buffer's bytes of credit first. `spec` is decode's, the one that `request.digest` names. Raises
+        `CorruptKVError` where digest, epoch, range or shape differ from what was asked.
         """
         ...
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from baton.errors import UnavailableError
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
@@ -77,7 +77,7 @@ class MemoryTransport:
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float
-    ) -> AbstractAsyncContextManager[WireKV]:
+    ) -> AbstractAsyncContextManager[SealedKV]:
         async def fetch(sent: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
             peer = self._sources.peer(address)
             return await _unless_gone(peer.endpoint.pull(sent), peer, address)
@@ -100,4 +100,4 @@ async def _unless_gone(call: Coroutine[Any, Any, T], peer: _Peer, address: str) 
     finally:
         calling.cancel()
         leaving.cancel()
-        await asyncio.gather(calling, leaving, return_exceptions=True)
+        await asyncio.wait({calling, leaving})

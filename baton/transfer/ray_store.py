@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 
 from baton.errors import CapacityError, InternalError, UnavailableError
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.credits import ByteCredits
 from baton.transfer.receive import deadline, error_from, received, source_timeout_s
@@ -54,7 +54,7 @@ class RayTransport:
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float
-    ) -> AbstractAsyncContextManager[WireKV]:
+    ) -> AbstractAsyncContextManager[SealedKV]:
         async def fetch(sent: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
             handle = await self._handle(address)
             with self._typed_errors(address):

@@ -1,11 +1,12 @@
-"""Decode's end of every transport: from a peer's answer to a verified buffer, or to the error that says why there is none.
+"""Decode's end of every transport: from a peer's answer to the buffer that was asked for, or to the error that says why there is none.
 
 Runs in the decode worker's event loop. Invariant: however a pull ends, its buffer is dropped before its credit returns.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from baton.errors import (
@@ -18,10 +19,10 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.transfer.base import KVMeta, PullRequest, Refused
 from baton.transfer.credits import ByteCredits
-from baton.transfer.layout import find_mismatch_off_loop
+from baton.transfer.layout import find_mismatch
 
 Fetch = Callable[[PullRequest], Awaitable[tuple[KVMeta | Refused, WireKV | None]]]
 
@@ -34,7 +35,7 @@ _RAISED: Mapping[str, Callable[[str], BatonError]] = {
 @asynccontextmanager
 async def received(
     fetch: Fetch, request: PullRequest, *, spec: KVSpec, budget: ByteCredits, timeout_s: float
-) -> AsyncIterator[WireKV]:
+) -> AsyncIterator[SealedKV]:
     """`KVTransport.pull`, given how this transport fetches an answer. `fetch` keeps no reference to what it returned."""
     kv: WireKV | None = None
     async with AsyncExitStack() as lease:
@@ -45,13 +46,24 @@ async def received(
                 meta, kv = await fetch(replace(request, timeout_s=source_timeout_s(timeout_s)))
                 if isinstance(meta, Refused):
                     raise error_from(meta)
-                problem = await find_mismatch_off_loop(meta, kv, request, spec)
+                problem = find_mismatch(meta, kv, request, spec)
             if problem or kv is None:
                 raise CorruptKVError(f"KV of {request.key}: {problem}")
             kv.flags.writeable = False
-            yield kv
+            with _frames_cleared():
+                yield SealedKV(kv, meta.checksum)
         finally:
             kv = None  # a traceback would keep it alive
+
+
+@contextmanager
+def _frames_cleared() -> Iterator[None]:
+    """An error that comes out of the body, from an import say, keeps nothing that the functions it passed held."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def error_from(refused: Refused) -> BatonError:

@@ -8,7 +8,9 @@ Failures cross as values, since an exception of ours does not survive pickling w
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -19,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from baton.engine.aio import AsyncEngine
 from baton.engine.build import build_engine
 from baton.engine.config import EngineConfig
+from baton.engine.progress import Progress
 from baton.engine.sim import SimConfig
 from baton.errors import BatonError, InternalError, UnavailableError
 from baton.service import logging as service_logging
@@ -29,6 +32,7 @@ from baton.types import WorkerInfo
 
 MAX_CALLS = 4096
 """At once, on one actor: every attempt that waits for its KV is one."""
+LOAD_POLL_S = 0.2
 LINGER_S = 0.25
 """Ray still stores the answer to the last pull when that call has returned here."""
 
@@ -66,11 +70,15 @@ class StartFailure:
 
 
 class WorkerActor:
-    """Base of the actors. Every method is called by Ray, on the actor's event loop."""
+    """Base of the actors, which set `_worker`, made with `_engine`. Every public method is called by Ray, on the actor's event loop."""
 
-    def __init__(self, config: ActorConfig, worker: Worker) -> None:
+    _worker: Worker
+
+    def __init__(self, config: ActorConfig) -> None:
         service_logging.configure(config.settings, sys.stderr, os.environ)
-        self._worker = worker
+        self._loaded = (0, 0)
+        build = partial(build_engine, config.engine, self._set_loaded)
+        self._engine = AsyncEngine(build, name=config.settings.worker_id)
 
     async def start(self) -> WorkerInfo | StartFailure:
         """Loads the model and serves."""
@@ -78,6 +86,14 @@ class WorkerActor:
             return await self._worker.start()
         except BatonError as error:
             return StartFailure(to_status(error).SerializeToString())
+
+    async def loaded(self) -> tuple[int, int]:
+        """Bytes of weights in memory, and of all weights, which is 0 until it is known. Answers while `start` runs."""
+        return self._loaded
+
+    def _set_loaded(self, loaded_bytes: int, total_bytes: int) -> None:
+        """By the engine's thread."""
+        self._loaded = (loaded_bytes, total_bytes)
 
     async def failed(self) -> None:
         """Returns once the engine has failed for good. Held open by the starter, it doubles as a death watch."""
@@ -132,14 +148,16 @@ class RunningWorker:
         ray.kill(self._handle)
 
 
-async def launch(actor: type[WorkerActor], config: ActorConfig) -> RunningWorker:
-    """Starts an actor on this node and waits until it serves. Raises what keeps it from starting (`ModelLoadError`,
-    `UnavailableError`); then no actor is left. Precondition: connected to Ray.
+async def launch(
+    actor: type[WorkerActor], config: ActorConfig, progress: Progress
+) -> RunningWorker:
+    """Starts an actor on this node and waits until it serves; `progress` is told of the weights that it loads.
+    Raises what keeps it from starting (`ModelLoadError`, `UnavailableError`); then no actor is left. Precondition: connected to Ray.
     """
     handle: Any = None
     try:
         handle = _create(actor, config)
-        answer = await handle.start.remote()
+        answer = await _started(handle, progress)
     except RayError as error:
         reason = str(error).partition("\n")[0]
         raise UnavailableError(
@@ -155,6 +173,20 @@ async def launch(actor: type[WorkerActor], config: ActorConfig) -> RunningWorker
     return RunningWorker(handle, answer)
 
 
+async def _started(handle: Any, progress: Progress) -> WorkerInfo | StartFailure:
+    starting: asyncio.Future[WorkerInfo | StartFailure]
+    starting = asyncio.ensure_future(handle.start.remote())
+    try:
+        while not (await asyncio.wait({starting}, timeout=LOAD_POLL_S))[0]:
+            with suppress(RayError):  # what is wrong then keeps it from starting, too
+                loaded_bytes, total_bytes = await handle.loaded.remote()
+                if total_bytes:
+                    progress(loaded_bytes, total_bytes)
+        return starting.result()
+    finally:
+        starting.cancel()
+
+
 def _create(actor: type[WorkerActor], config: ActorConfig) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(actor).options(
@@ -168,8 +200,3 @@ def _create(actor: type[WorkerActor], config: ActorConfig) -> Any:
         scheduling_strategy=here,
     )
     return options.remote(config)
-
-
-def async_engine(config: EngineConfig | SimConfig, *, name: str) -> AsyncEngine:
-    """The engine that a configuration describes, not yet built."""
-    return AsyncEngine(lambda: build_engine(config), name=name)

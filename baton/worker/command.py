@@ -6,6 +6,7 @@ signal ends it at once. It exits with 1, and says why, where the worker cannot s
 
 import argparse
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -16,12 +17,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from baton.engine.config import EngineConfig
+from baton.engine.progress import in_words, paced
 from baton.errors import BatonError
 from baton.service import logging as service_logging
 from baton.service.settings import LogFormat, LogLevel, WorkerSettings
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, join, start_local
 from baton.types import Role, WorkerInfo
 from baton.worker.actor import ActorConfig, RunningWorker, WorkerActor, launch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +147,8 @@ async def _run(role: Role, actor: type[WorkerActor], command: Command, cluster: 
         num_gpus=command.num_gpus,
     )
     stop = _stop_signal()
-    starting = asyncio.create_task(launch(actor, config))
+    progress = paced(lambda *loaded: _log.info("loaded %s", in_words(*loaded)))
+    starting = asyncio.create_task(launch(actor, config, progress))
     if not await _before(stop, starting):
         return 0
     worker = starting.result()

@@ -8,10 +8,11 @@ from enum import Enum
 
 import numpy as np
 
+from baton.kv.checksum import sealed
 from baton.kv.spec import KVDtype, KVSpec, WireKV
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.endpoint import SourceEndpoint
-from baton.transfer.layout import seal_off_loop
+from baton.transfer.layout import meta_of
 from baton.types import AttemptKey, RequestId
 
 SPEC = KVSpec(
@@ -113,7 +114,7 @@ class FakeSource:
             await asyncio.sleep(0.05)
         spec = _SPECS.get(request.digest, SPEC)
         kv = kv_of(request, spec)
-        meta = await seal_off_loop(request, spec, kv)
+        meta = meta_of(request, spec, sealed(kv))
         return _meta_after(act, meta), _kv_after(act, kv)
 
 

@@ -33,7 +33,7 @@ async def test_a_pull_through_a_full_store_delivers_or_says_why_in_time(
                 async with rig.transport.pull(
                     rig.address, request, spec=LARGE_SPEC, timeout_s=TIMEOUT_S
                 ) as kv:
-                    assert kv.tobytes() == kv_of(request, LARGE_SPEC).tobytes()
+                    assert kv.data.tobytes() == kv_of(request, LARGE_SPEC).tobytes()
                     delivered += 1
                     del kv
             except BatonError as error:
@@ -43,7 +43,7 @@ async def test_a_pull_through_a_full_store_delivers_or_says_why_in_time(
         del held, block
         request = request_for(key_for(Act.GOOD), 0, 8, LARGE_SPEC)
         async with rig.transport.pull(rig.address, request, spec=LARGE_SPEC, timeout_s=20) as kv:
-            assert kv.tobytes() == kv_of(request, LARGE_SPEC).tobytes()
+            assert kv.data.tobytes() == kv_of(request, LARGE_SPEC).tobytes()
         assert delivered > 0, "Ray spills to disk rather than refuse"
     finally:
         peers.close()

@@ -11,6 +11,7 @@ from baton.engine.base import EngineRequest, Mode, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
+from baton.kv.checksum import sealed
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 from router.chat import ChatTurn
 from router.text import Tokenizer
@@ -104,10 +105,10 @@ def test_it_answers_and_answers_wrong_when_kv_is_lost(
             key = AttemptKey(RequestId(f"{how}{number}"))
             fresh.add(EngineRequest(key, sequence, Mode.DECODE))
             fresh.step()
-            sent = kv.copy()
+            sent = kv.data.copy()
             if how == "spoiled":
                 sent[:, :, : length // 2] = sent[:, :, length // 2 : length // 2 * 2]
-            fresh.import_kv(key, 0, sent)
+            fresh.import_kv(key, 0, sealed(sent))
             fresh.start_decode(key, first)
             answer = tokenizer.decode([first, *generate(fresh, how)])
             right[how] += question.key.lower() in answer.lower()

@@ -3,8 +3,6 @@
 import asyncio
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from baton.cli.config import shipped_model
 from baton.client import AsyncClient, ChatMessage, Client, Result, SamplingOptions
 from baton.errors import BatonError, InvalidRequestError, NotFoundError
 from baton.v1 import common_pb2, inference_pb2
-from tests.served import Served, served
+from tests.served import Served, baton, served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -196,26 +194,8 @@ def test_a_corrupt_checkpoint_is_named_at_start_up(
     directory = tmp_path / "model"
     shutil.copytree(shipped_model(), directory)
     culprit = spoil(directory)
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "baton",
-            "serve",
-            "--transport",
-            "memory",
-            "--port",
-            "0",
-            "--metrics-port",
-            "0",
-            "--model",
-            str(directory),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    flags = ("--transport", "memory", "--port", "0", "--metrics-port", "0")
+    ended = baton("serve", *flags, "--model", str(directory), timeout_s=60)
     assert ended.returncode != 0
     assert culprit in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -6,18 +6,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
 from baton.client import Client, SamplingOptions
 from baton.errors import BatonError
 from baton.types import Role
+from tests.served import Serve, Served, baton, until
 
 pytestmark = [pytest.mark.e2e]
 
@@ -25,21 +23,6 @@ SIM = ("--engine", "sim", "--transport", "memory")
 RAY = ("--engine", "sim", "--transport", "ray")
 LONG = SamplingOptions(max_tokens=1500, ignore_eos=True, seed=1)
 PROMPT = list(range(2, 202))
-Baton = Callable[..., subprocess.CompletedProcess[str]]
-Eventually = Callable[..., bool]
-
-
-class Served(Protocol):
-    process: subprocess.Popen[str]
-    address: str
-    errors: Path
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int: ...
-
-    def left_running(self) -> list[str]: ...
-
-
-Serve = Callable[..., Served]
 
 
 def test_it_answers_over_the_split_and_stops_cleanly(serve: Serve) -> None:
@@ -50,12 +33,12 @@ def test_it_answers_over_the_split_and_stops_cleanly(serve: Serve) -> None:
     assert len(result.token_ids) == 8
     assert result.timings.handoff_bytes > 0
     assert served.stop() == 0
-    assert served.left_running() == []
+    assert not served.processes()
 
 
 def test_the_banner_tells_what_runs(serve: Serve) -> None:
     served = serve(*SIM, "--decode", "2", "--kv-tokens", "1024", "--block-size", "32")
-    text = served.errors.read_text()
+    text = served.output()
     for word in ("1,024 tokens", "32 blocks of 32", "decode-1", "transport=memory", "/metrics"):
         assert word in text
     assert "\x1b" not in text
@@ -105,19 +88,19 @@ def test_a_second_signal_stops_at_once(serve: Serve) -> None:
     served.process.wait(15)
     reader.join(15)
     assert len(failures) == 1
-    assert served.left_running() == []
+    assert not served.processes()
 
 
 def test_with_json_logs_every_line_is_json(serve: Serve) -> None:
     served = serve(*SIM, "--json-logs", "--log-level", "info")
     assert served.stop() == 0
-    lines = [json.loads(line) for line in served.errors.read_text().splitlines()]
+    lines = [json.loads(line) for line in served.output().splitlines()]
     (config,) = [line for line in lines if line.get("kind") == "config"]
     assert config["transport"] == "memory"
     assert any("joined" in line["message"] for line in lines if "level" in line)
 
 
-def test_a_taken_port_is_named(baton: Baton) -> None:
+def test_a_taken_port_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -128,7 +111,7 @@ def test_a_taken_port_is_named(baton: Baton) -> None:
     assert "--port 0" in done.stderr
 
 
-def test_a_missing_checkpoint_is_named(baton: Baton, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     """Promise: a model that cannot be loaded says which file is wrong, and nothing is left running."""
     done = baton(
         "serve",
@@ -146,7 +129,7 @@ def test_a_missing_checkpoint_is_named(baton: Baton, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_without_kv_cache_there_is_nothing_to_hand_over(baton: Baton) -> None:
+def test_without_kv_cache_there_is_nothing_to_hand_over() -> None:
     done = baton("serve", "--no-kv-cache")
     assert done.returncode == 2
     assert "--prefill 0" in done.stderr
@@ -154,7 +137,7 @@ def test_without_kv_cache_there_is_nothing_to_hand_over(baton: Baton) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(180)
-def test_over_ray_it_recovers_from_every_death(serve: Serve, eventually: Eventually) -> None:
+def test_over_ray_it_recovers_from_every_death(serve: Serve) -> None:
     """Promise: a killed worker and a killed router come back by themselves, a running stream goes on with the same tokens where a worker
     dies, and at the end no process is left.
     """
@@ -175,7 +158,7 @@ def test_over_ray_it_recovers_from_every_death(serve: Serve, eventually: Eventua
             workers = client.model().workers
             return len(workers) == 3 and killed not in {w.pid for w in workers}
 
-        assert eventually(is_whole, 40)
+        until(is_whole, 40, "the dead worker is replaced")
         assert client.complete(PROMPT, sampling=LONG).token_ids == undisturbed.token_ids
 
     os.kill(_router_pid(served), signal.SIGKILL)
@@ -187,31 +170,28 @@ def test_over_ray_it_recovers_from_every_death(serve: Serve, eventually: Eventua
         except BatonError:
             return False
 
-    assert eventually(is_back, 40)
+    until(is_back, 40, "the router and its fleet are back")
     assert served.stop() == 0
-    assert eventually(lambda: served.left_running() == [], 5)
+    until(lambda: not served.processes(), 5, "every process is gone")
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-def test_over_ray_a_killed_serve_takes_everything_along(
-    serve: Serve, eventually: Eventually
-) -> None:
+def test_over_ray_a_killed_serve_takes_everything_along(serve: Serve) -> None:
     """Promise: even SIGKILL of `baton serve` ends its router, its workers and its Ray. Ray's two agents, which hold nothing, take up to a
     minute to give up on it.
     """
     served = serve(*RAY)
-    running = "\n".join(served.left_running())
+    running = "\n".join(served.processes().values())
     assert "Actor" in running
     (directory,) = set(re.findall(r"(/\S*/baton-ray-\w+)/", running))
     served.process.kill()
     served.process.wait(10)
 
-    def others() -> list[str]:
-        return [line for line in served.left_running() if "Agent" not in line]
+    def only_agents() -> bool:
+        return all("Agent" in line for line in served.processes().values())
 
-    eventually(lambda: others() == [], 15)
-    assert others() == []
+    until(only_agents, 15, "everything but Ray's agents is gone")
     shutil.rmtree(directory, ignore_errors=True)  # which nobody was left to remove
 
 

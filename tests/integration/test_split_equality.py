@@ -12,6 +12,7 @@ from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
 from baton.engine.runner import TorchRunner
+from baton.kv.checksum import sealed
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
@@ -216,10 +217,10 @@ def test_one_flipped_value_in_the_kv_changes_what_is_said(
     prefill.add(request("r", prompt, GREEDY, Mode.PREFILL))
     first = drain(prefill)["r"][0]
     key = AttemptKey(RequestId("r"))
-    kv = prefill.export_kv(key, 0, len(prompt)).copy()
+    kv = prefill.export_kv(key, 0, len(prompt)).data.copy()
     kv[:, :, [10, 90]] = kv[:, :, [90, 10]]
     kv[:, :, 40:60] = 0
-    decode.import_kv(key, 0, kv)
+    decode.import_kv(key, 0, sealed(kv))
     decode.start_decode(key, first)
     assert [first, *drain(decode)["r"]] != reference(prompt, GREEDY)
 

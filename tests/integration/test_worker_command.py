@@ -18,6 +18,7 @@ import baton
 from baton.errors import InvalidRequestError
 from baton.types import Role
 from baton.worker.command import parse
+from tests.hollow import hollow_checkpoint
 
 TALES = str(Path(baton.__file__).parent / "models" / "tales")
 
@@ -109,3 +110,16 @@ def test_a_model_that_cannot_be_loaded_is_named_on_exit(tmp_path: Path) -> None:
         assert process.wait(40) == 1
     assert "config.json" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.e2e
+def test_a_worker_that_loads_a_large_model_says_so_and_can_be_stopped(tmp_path: Path) -> None:
+    """Promise: a pod's log tells a long load from a stuck one, and its end need not be awaited."""
+    log, model = tmp_path / "log", tmp_path / "model"
+    total_mib = hollow_checkpoint(model, num_layers=20) >> 20
+    with started(Role.DECODE, log, "--model", str(model), "--threads", "1") as process:
+        wait_for(log, rf"INFO .* loaded [\d,]+ of {total_mib:,} MiB of weights", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+    assert "serves" not in log.read_text()

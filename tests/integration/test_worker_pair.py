@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
@@ -18,7 +19,7 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
-from baton.kv.spec import KVSpec, WireKV
+from baton.kv.spec import KVSpec, SealedKV
 from baton.service.settings import WorkerSettings
 from baton.transfer.base import KVTransport, PullRequest, Ready
 from baton.types import AttemptKey, FinishReason, Sequence
@@ -83,7 +84,7 @@ async def test_kv_is_copied_out_with_the_first_token_as_far_as_the_setting_allow
         engine = rig.prefill.host.engine
         export_kv = engine.export_kv
 
-        async def counted(attempt: AttemptKey, first: int, last: int) -> WireKV:
+        async def counted(attempt: AttemptKey, first: int, last: int) -> SealedKV:
             late.append((first, last))
             return await export_kv(attempt, first, last)
 
@@ -236,6 +237,7 @@ class Breaking:
     def __init__(self, inner: KVTransport) -> None:
         self.inner = inner
         self.hang = False
+        self.flip = False
         self.error: BatonError | None = None
 
     async def ready(self, address: str, attempt: AttemptKey, timeout_s: float) -> Ready:
@@ -243,15 +245,19 @@ class Breaking:
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float
-    ) -> AbstractAsyncContextManager[WireKV]:
+    ) -> AbstractAsyncContextManager[SealedKV]:
         @asynccontextmanager
-        async def broken() -> AsyncIterator[WireKV]:
+        async def broken() -> AsyncIterator[SealedKV]:
             if self.hang:
                 async with asyncio.timeout(timeout_s):
                     await asyncio.Event().wait()
             if self.error is not None:
                 raise self.error
             async with self.inner.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
+                if self.flip:
+                    data = kv.data.copy()
+                    data.reshape(-1).view(np.uint8)[-1] ^= 1
+                    kv = SealedKV(data, kv.checksum)  # noqa: PLW2901
                 yield kv
 
         return broken()
@@ -281,6 +287,22 @@ async def test_a_transfer_error_reaches_the_caller_as_itself_and_frees_both_side
         assert len((await rig.generate(key("b"), sequence(30))).tokens) == 8
         text = (await metrics_of(rig)).replace("_created", "")
         assert 'handoff_failures_total{reason="corrupt_kv",role="decode"} 1.0' in text
+
+
+async def test_a_flipped_bit_fails_its_attempt_and_is_never_cached() -> None:
+    transports: list[Breaking] = []
+
+    def wrap(inner: KVTransport) -> KVTransport:
+        transports.append(Breaking(inner))
+        return transports[0]
+
+    async with worker_pair(wrap=wrap) as rig:
+        transports[0].flip = True
+        assert isinstance(await broken_pair(rig, "a"), CorruptKVError)
+        transports[0].flip = False
+        again = await rig.generate(key("b"), sequence(30))
+        assert again.cached_tokens == 0
+        assert again.tokens == (await rig.generate_locally(key("c"), sequence(30))).tokens
 
 
 async def test_a_pull_that_is_never_answered_ends_when_the_caller_leaves() -> None:

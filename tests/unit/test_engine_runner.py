@@ -11,6 +11,7 @@ from baton.engine.config import EngineConfig
 from baton.engine.memory import free_memory_bytes
 from baton.engine.runner import TorchRunner
 from baton.errors import ModelLoadError
+from baton.kv.checksum import sealed
 from tests import oracle
 
 
@@ -82,10 +83,12 @@ def test_kv_moved_to_another_runner_continues_the_same(checkpoint: Path, dtype: 
     (first,) = source.run([BatchRow(prompt, 0, source_table, want)])
     assert first is not None
     moved = source.read_kv(source_table, 0, 50)
-    moved.setflags(write=False)
-    target.write_kv(target_table, 0, moved[:, :, :21])
-    target.write_kv(target_table, 21, moved[:, :, 21:])
-    np.testing.assert_array_equal(target.read_kv(target_table, 0, 50), moved)
+    moved.data.setflags(write=False)
+    for start, end in ((0, 21), (21, 50)):
+        piece = source.read_kv(source_table, start, end)
+        np.testing.assert_array_equal(piece.data, moved.data[:, :, start:end])
+        target.write_kv(target_table, start, piece)
+    np.testing.assert_array_equal(target.read_kv(target_table, 0, 50).data, moved.data)
     want = SampleInput(oracle.GREEDY, prompt, (first.token_id,))
     expected = source.run([BatchRow((first.token_id,), 50, source_table, want)])
     assert target.run([BatchRow((first.token_id,), 50, target_table, want)]) == expected
@@ -103,7 +106,7 @@ def test_a_neighbours_kv_does_not_leak_into_a_padded_row(checkpoint: Path) -> No
     for garbage in (0.0, 1e4):
         for block in range(8):
             shape = runner.info.spec.wire_shape(16)
-            runner.write_kv((block,), 0, np.full(shape, garbage, np.float32))
+            runner.write_kv((block,), 0, sealed(np.full(shape, garbage, np.float32)))
         for prompt in (short, long):
             runner.run([BatchRow(prompt[:-1], 0, tables[len(prompt)], None)])
         result = runner.run(rows)

@@ -27,11 +27,12 @@ from baton.engine.engine import PagedEngine
 from baton.engine.sim import SimConfig, SimRunner, build_sim_engine
 from baton.errors import (
     AlreadyExistsError,
+    CorruptKVError,
     InternalError,
     InvalidRequestError,
     PreconditionError,
 )
-from baton.kv.spec import WireKV
+from baton.kv.spec import SealedKV
 from baton.types import AttemptKey, FinishReason, RequestId, SamplingParams, Sequence
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -233,7 +234,7 @@ def test_more_generating_requests_than_a_step_computes_take_turns() -> None:
 
 def test_a_copy_that_fails_fails_its_pull_only() -> None:
     class FullRunner(SimRunner):
-        def read_kv(self, block_table: Rows[int], first: int, last: int) -> WireKV:  # noqa: ARG002
+        def read_kv(self, block_table: Rows[int], first: int, last: int) -> SealedKV:  # noqa: ARG002
             raise MemoryError
 
     engine = PagedEngine(FullRunner(BIG), max_batch_tokens=512, max_running=8)
@@ -298,18 +299,61 @@ def test_transfers_out_of_turn_are_refused() -> None:
         decode.start_decode(key(), 1)
 
 
-def test_asked_for_kv_comes_with_the_first_token_and_equals_a_later_export() -> None:
+def test_kv_that_is_not_what_was_sealed_is_neither_counted_nor_cached_nor_generated_from() -> None:
+    prefill, decode = build_sim_engine(BIG), build_sim_engine(BIG)
+    prefill.add(request(prompt_of(40), mode=Mode.PREFILL))
+    first = next(e for e in run(prefill) if isinstance(e, Token))
+    kv = prefill.export_kv(key(), 0, 40)
+    decode.add(request(prompt_of(40), mode=Mode.DECODE))
+    decode.step()
+    flipped = kv.data.copy()
+    flipped[1, 0, 7, 0, 1] += 1
+    with pytest.raises(CorruptKVError):
+        decode.import_kv(key(), 0, SealedKV(flipped, kv.checksum))
+    assert not decode.take_prefix_delta().stored
+    with pytest.raises(PreconditionError, match="KV of 0 of 40"):
+        decode.start_decode(key(), first.token_id)
+    decode.check_integrity()
+    decode.import_kv(key(), 0, kv)
+    decode.start_decode(key(), first.token_id)
+    assert [first.token_id, *tokens_of(run(decode))] == reference(prompt_of(40))
+
+
+def test_a_copy_is_a_step_of_its_own_before_all_others() -> None:
+    """The first token does not wait for its copies, nor do they wait for the prompts that are computed next."""
+    engine = build_sim_engine(replace(BIG, max_batch_tokens=32))
+    engine.add(
+        replace(request(prompt_of(32), mode=Mode.PREFILL), export=((0, 16), (16, 32), (0, 32)))
+    )
+    engine.add(request(prompt_of(64, seed=2), name="next"))
+    events: list[tuple[EngineEvent, ...]] = []
+    while not events or not isinstance(events[-1][0], Exported):
+        events.append(engine.step())
+    assert any(isinstance(e, Token) for e in events[-2])
+    assert len(events[-1]) == 1
+    (second,) = engine.step()
+    assert isinstance(second, Exported)
+    assert (second.first, second.last) == (16, 32)
+    engine.release(key())
+    assert engine.has_work()
+    assert engine.step() == ()
+    engine.check_integrity()
+
+
+def test_asked_for_kv_comes_right_after_the_first_token_and_equals_a_later_export() -> None:
     engine = build_sim_engine(replace(BIG, max_batch_tokens=32))
     base = request(prompt_of(70), mode=Mode.PREFILL)
     engine.add(replace(base, export=((16, 40), (40, 70))))
     events = run(engine)
-    first, second, token = events[-3:]
+    token, first, second = events[-3:]
     assert isinstance(first, Exported)
     assert isinstance(second, Exported)
     assert isinstance(token, Token)
-    assert (first.first, second.first) == (16, 40)
-    copies = np.concatenate([first.kv, second.kv], axis=2)
-    assert np.array_equal(copies, engine.export_kv(key(), 16, 70))
+    assert (first.first, first.last, second.first, second.last) == (16, 40, 40, 70)
+    assert first.kv is not None
+    assert second.kv is not None
+    copies = np.concatenate([first.kv.data, second.kv.data], axis=2)
+    assert np.array_equal(copies, engine.export_kv(key(), 16, 70).data)
     assert engine.load().in_flight_blocks == 5, "the blocks stay held"
 
 
