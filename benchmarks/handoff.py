@@ -2,7 +2,7 @@
 the same bytes, out of one pool and into the other, and against what Ray alone costs: a call whose answer is an array that
 lies ready, copied once where it arrives.
 
-    python -m benchmarks.handoff [--runs 21] [--piece-mib 64] [--out benchmarks/results/handoff.json]
+    python -m benchmarks.handoff [--runs 21] [--piece-mib 128] [--out benchmarks/results/handoff.json]
 
 One handoff lasts from the end of prefill to the KV in decode's pool: decode, which waits for that end, is told, and pulls piece by
 piece; meanwhile prefill copies the pieces out of its pool with their checksums, Ray carries them, and decode imports them into
@@ -224,7 +224,7 @@ def main() -> None:
     """Measures, prints and writes every payload size."""
     parser = argparse.ArgumentParser(description="KV handoff between two Ray actors on one machine")
     parser.add_argument("--runs", type=int, default=21)
-    parser.add_argument("--piece-mib", type=float, default=64)
+    parser.add_argument("--piece-mib", type=float, default=128)
     parser.add_argument("--payload-mib", type=float, nargs="+", default=[1 / 16, 1, 4, 16, 64, 128])
     parser.add_argument("--preallocate", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/handoff.json"))

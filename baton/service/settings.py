@@ -88,7 +88,7 @@ class WorkerSettings(ServerSettings):
     """How long prefill holds finished KV for decode to pull, and decode waits for a pull."""
     kept_kv_bytes: int = 256 * 1024 * 1024
     """Most KV that prefill keeps copied out for pulls to come; what is beyond is copied when it is pulled."""
-    max_pull_bytes: int = 64 * 1024 * 1024
+    max_pull_bytes: int = 128 * 1024 * 1024
     """KV is pulled in pieces of at most this size."""
     kv_credit_bytes: int = 256 * 1024 * 1024
     """KV bytes that a decode worker has in flight at most."""
