@@ -6,6 +6,7 @@ peer of this version sends raises `InvalidRequestError` with the field's path, s
 # ruff: noqa: D103 - the names follow one scheme and say it all
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from baton.engine.base import Token
 from baton.errors import FieldViolation, InvalidRequestError
@@ -17,6 +18,7 @@ from baton.types import (
     PositionLogprobs,
     PrefixDelta,
     RequestId,
+    RequestRecord,
     Role,
     SamplingParams,
     Sequence,
@@ -73,6 +75,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
+        n=params.n,
     )
 
 
@@ -99,14 +102,21 @@ def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        n=max(1, message.n),
     )
 
 
 def sequence_to_proto(sequence: Sequence) -> pb.Sequence:
-    """Without stop strings, which are the router's business."""
+    """Without stop strings and n, which are the router's business."""
     sampling = sampling_to_proto(sequence.sampling)
     sampling.ClearField("stop")
-    return pb.Sequence(prompt=sequence.prompt, generated=sequence.generated, sampling=sampling)
+    sampling.ClearField("n")
+    return pb.Sequence(
+        prompt=sequence.prompt,
+        generated=sequence.generated,
+        sampling=sampling,
+        choice=sequence.sampling.choice,
+    )
 
 
 def sequence_from_proto(message: pb.Sequence) -> Sequence:
@@ -115,7 +125,27 @@ def sequence_from_proto(message: pb.Sequence) -> Sequence:
     return Sequence(
         prompt=tuple(message.prompt),
         generated=tuple(message.generated),
-        sampling=sampling_from_proto(message.sampling),
+        sampling=replace(sampling_from_proto(message.sampling), choice=message.choice),
+    )
+
+
+def record_to_proto(record: RequestRecord) -> pb.RequestRecord:
+    return pb.RequestRecord(
+        request_id=record.request_id,
+        tenant=record.tenant,
+        stop=record.stop,
+        n=record.n,
+        deadline_unix_seconds=record.deadline_unix_s,
+    )
+
+
+def record_from_proto(message: pb.RequestRecord) -> RequestRecord:
+    return RequestRecord(
+        request_id=message.request_id,
+        tenant=message.tenant,
+        stop=tuple(message.stop),
+        n=max(1, message.n),
+        deadline_unix_s=message.deadline_unix_seconds,
     )
 
 

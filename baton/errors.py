@@ -5,11 +5,13 @@ BatonError
 ├── NotFoundError            unknown model or request
 ├── AlreadyExistsError       a request of that id runs
 ├── CapacityError            no room now: queue, KV pool or object store (carries when to try again)
-├── UnavailableError         no healthy worker, draining, or the peer died (retry elsewhere)
+├── UnavailableError         no healthy worker, or the peer died (retry elsewhere)
+│   └── DrainingError        this process is about to stop (retry elsewhere at once)
 ├── PreconditionError        this worker cannot: wrong KV digest, KV lost or expired
 ├── CorruptKVError           KV bytes are not what was sent
 ├── DeadlineError            the caller's deadline passed (names the stage)
 ├── CancelledError           the request was cancelled by id
+├── AbortedError             somebody else goes on with it
 ├── ModelLoadError           the checkpoint is unusable (names the file)
 └── InternalError            a bug, or an engine that failed
 """
@@ -84,6 +86,12 @@ class UnavailableError(BatonError):
         self.retry_after_s = retry_after_s
 
 
+class DrainingError(UnavailableError):
+    """This process takes nothing new: it is about to stop. Others may serve the request at once."""
+
+    reason = "DRAINING"
+
+
 class PreconditionError(BatonError):
     """This worker cannot serve this attempt; another attempt can succeed."""
 
@@ -110,6 +118,12 @@ class CancelledError(BatonError):
     """The request was cancelled by id."""
 
     reason = "CANCELLED"
+
+
+class AbortedError(BatonError):
+    """Somebody else has what this call was about, and goes on with it."""
+
+    reason = "ABORTED"
 
 
 class ModelLoadError(BatonError):

@@ -62,6 +62,8 @@ class SamplingParams:
     """Unsigned, 64 bits."""
     choice: int = 0
     """Which of several completions of one prompt this is; part of the noise's key."""
+    n: int = 1
+    """Completions asked for; the router's business, as stop strings are."""
     stop: tuple[str, ...] = ()
     """Stop strings; matched by the router, which sees text. Engines ignore them."""
     stop_token_ids: tuple[int, ...] = ()
@@ -103,6 +105,19 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.generated)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """What a router must know of a request, beside its sequences, to go on where another router broke off."""
+
+    request_id: str
+    """The client's."""
+    tenant: str = ""
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    deadline_unix_s: float
+    """After it, nobody waits for the request any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

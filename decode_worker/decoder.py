@@ -42,7 +42,9 @@ class DecodeJob:
     key: AttemptKey
     sequence: Sequence
     source: str | None
-    """Transfer address of the prefill worker; None computes the prompt here."""
+    """Transfer address of the worker that has the KV; None computes the prompt here."""
+    source_key: AttemptKey | None = None
+    """What the KV is held under there; None: this attempt's key."""
     digest: str
     timeout_s: float
     """What is left of the caller's deadline."""
@@ -62,6 +64,8 @@ class JobKvReceived:
 
     kv_bytes: int
     handoff_s: float
+    first: TokenChunk | None = None
+    """Prefill's token, which the router has from prefill itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +185,14 @@ class Decoder:
         """Pulls and imports what the prefix cache did not hold, and starts to generate from prefill's token."""
         spec, settings = self._engine.info.spec, self._host.settings
         end_s = progress.opened_s + job.timeout_s
-        ready = await self._transport.ready(address, job.key, _left(end_s))
+        source_key = job.source_key or job.key
+        ready = await self._transport.ready(address, source_key, _left(end_s))
         kv_bytes = 0
         length = len(job.sequence)
         for first, last in split_range(
             progress.cached_tokens, length, spec.token_bytes, settings.max_pull_bytes
         ):
-            request = PullRequest(key=job.key, first=first, last=last, digest=spec.digest)
+            request = PullRequest(key=source_key, first=first, last=last, digest=spec.digest)
             timeout_s = min(_left(end_s), settings.handoff_timeout_s)
             async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
                 kv_bytes += kv.data.nbytes
@@ -199,7 +204,12 @@ class Decoder:
                     await asyncio.gather(*work)
                 finally:
                     del kv, work  # a traceback would hold the buffer after its credit is returned
-        return JobKvReceived(kv_bytes, max(0.0, time.time() - ready.done_unix_s))
+        first_token = TokenChunk(
+            first_index=len(job.sequence.generated),
+            token_ids=(ready.first_token,),
+            logprobs=() if ready.logprobs is None else (ready.logprobs,),
+        )
+        return JobKvReceived(kv_bytes, max(0.0, time.time() - ready.done_unix_s), first_token)
 
 
 async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:

@@ -1,18 +1,21 @@
 """DecodeService over gRPC: protobuf in, protobuf out; the work is `decode_worker.decoder`'s. Runs on the worker's event loop."""
 
-from contextlib import aclosing
-
 from baton.codec import (
     chunk_to_proto,
     finish_reason_to_proto,
     key_from_proto,
+    key_to_proto,
     load_to_proto,
+    record_from_proto,
+    record_to_proto,
     sequence_from_proto,
+    sequence_to_proto,
     worker_info_to_proto,
 )
-from baton.errors import FieldViolation, InvalidRequestError
-from baton.service.calls import Context, bounded
+from baton.errors import FieldViolation, InvalidRequestError, PreconditionError
+from baton.service.calls import Context, time_left_s
 from baton.service.worker_host import WorkerHost
+from baton.types import AttemptKey
 from baton.v1 import decode_pb2, decode_pb2_grpc
 from decode_worker.decoder import (
     DecodeJob,
@@ -23,29 +26,76 @@ from decode_worker.decoder import (
     JobReserved,
     JobTokens,
 )
+from decode_worker.held import HeldAttempt, HeldAttempts, Terms
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """See the module docstring. Errors become statuses in `baton.service.interceptors`."""
 
-    def __init__(self, host: WorkerHost, decoder: Decoder) -> None:
+    def __init__(self, host: WorkerHost, decoder: Decoder, attempts: HeldAttempts) -> None:
         self._host = host
         self._decoder = decoder
+        self._attempts = attempts
 
     async def Decode(  # noqa: N802
         self, request: decode_pb2.DecodeRequest, context: Context
     ) -> None:
-        async with bounded(context, self._host.settings.default_timeout_s) as left_s:
-            job = DecodeJob(
-                key=key_from_proto(request.key),
-                sequence=sequence_from_proto(request.sequence),
-                source=_source(request),
-                digest=request.kv_digest,
-                timeout_s=left_s,
-            )
-            async with aclosing(self._decoder.run(job)) as events:
-                async for event in events:
-                    await context.write(_to_proto(event))
+        job = DecodeJob(
+            key=key_from_proto(request.key),
+            sequence=sequence_from_proto(request.sequence),
+            source=_source(request),
+            source_key=_source_key(request),
+            digest=request.kv_digest,
+            timeout_s=time_left_s(context, self._host.settings.default_timeout_s),
+        )
+        terms = Terms(record=record_from_proto(request.record), grace_s=request.grace_seconds)
+        attempt = self._attempts.start(job, terms, self._decoder.run(job))
+
+        async def write(event: JobEvent) -> None:
+            await context.write(_to_proto(event))
+
+        await attempt.read(write, request.holder, None)
+
+    async def Attach(  # noqa: N802
+        self, request: decode_pb2.DecodeServiceAttachRequest, context: Context
+    ) -> None:
+        attempt = self._attempts.get(key_from_proto(request.key))
+
+        async def write(event: JobEvent) -> None:
+            await context.write(_to_proto(event))
+            if isinstance(event, JobKvReceived) and event.first is not None:
+                await context.write(_to_proto(JobTokens(event.first)))
+
+        await attempt.read(write, request.holder, request.next_index)
+
+    async def Find(  # noqa: N802
+        self,
+        request: decode_pb2.FindRequest,
+        context: Context,  # noqa: ARG002
+    ) -> decode_pb2.FindResponse:
+        found = self._attempts.find(request.request_id, request.tenant)
+        return decode_pb2.FindResponse(attempts=map(_held_to_proto, found))
+
+    async def HandOver(  # noqa: N802
+        self,
+        request: decode_pb2.HandOverRequest,
+        context: Context,  # noqa: ARG002
+    ) -> decode_pb2.HandOverResponse:
+        key = key_from_proto(request.key)
+        attempt = self._attempts.get(key)
+        if attempt.holder != request.holder:
+            raise PreconditionError(f"another router reads attempt {key}")
+        held = await self._host.engine.hold(key)
+        attempt.stop_at(held.newest_token)
+        return decode_pb2.HandOverResponse(end_index=held.end_index)
+
+    async def Release(  # noqa: N802
+        self,
+        request: decode_pb2.DecodeServiceReleaseRequest,
+        context: Context,  # noqa: ARG002
+    ) -> decode_pb2.DecodeServiceReleaseResponse:
+        released = await self._attempts.release(key_from_proto(request.key), request.holder)
+        return decode_pb2.DecodeServiceReleaseResponse(released=released)
 
     async def GetInfo(  # noqa: N802
         self,
@@ -64,6 +114,20 @@ def _source(request: decode_pb2.DecodeRequest) -> str | None:
     if not request.source.transfer_address:
         raise InvalidRequestError(FieldViolation("source.transfer_address", "must not be empty"))
     return request.source.transfer_address
+
+
+def _source_key(request: decode_pb2.DecodeRequest) -> AttemptKey | None:
+    return key_from_proto(request.source.key) if request.source.HasField("key") else None
+
+
+def _held_to_proto(attempt: HeldAttempt) -> decode_pb2.FindResponse.HeldAttempt:
+    return decode_pb2.FindResponse.HeldAttempt(
+        key=key_to_proto(attempt.job.key),
+        sequence=sequence_to_proto(attempt.job.sequence),
+        record=record_to_proto(attempt.terms.record),
+        end_index=attempt.end_index,
+        failed=attempt.failed,
+    )
 
 
 def _to_proto(event: JobEvent) -> decode_pb2.DecodeResponse:

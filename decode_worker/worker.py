@@ -1,13 +1,16 @@
 """The decode worker, put together: the same object inside a Ray actor, in one process with prefill, and in tests."""
 
 from baton.engine.aio import AsyncEngine
+from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVTransport
-from baton.types import Role, WorkerInfo
+from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
+from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc
 from decode_worker.decoder import Decoder
+from decode_worker.held import HeldAttempts
 from decode_worker.servicer import DecodeServicer
+from decode_worker.source import StoppedAttempts
 
 
 class DecodeWorker:
@@ -18,10 +21,12 @@ class DecodeWorker:
     ) -> None:
         self.host = WorkerHost(settings, Role.DECODE, engine, service="baton.v1.DecodeService")
         self._transport = transport
+        self._attempts = HeldAttempts()
+        self._source = StoppedAttempts(engine, self._attempts)
 
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
-        servicer = DecodeServicer(self.host, Decoder(self.host, self._transport))
+        servicer = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
         return await self.host.start(
             lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
         )
@@ -30,6 +35,16 @@ class DecodeWorker:
         """Refuses new calls; returns once the running ones have ended, or after the grace. See `WorkerHost.drain`."""
         return await self.host.drain(grace_s)
 
+    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        """See `KVSource.ready`: for attempts that were handed over."""
+        return await self._source.ready(key, timeout_s)
+
+    async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        """See `KVSource.pull`."""
+        return await self._source.pull(request)
+
     async def stop(self) -> None:
+        self.host.refuse_calls()
+        await self._attempts.close()
         await self.host.stop()
         await self._transport.close()

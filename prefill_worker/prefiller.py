@@ -241,7 +241,7 @@ class Prefiller:
             if progress.finished:
                 handoff.end(PreconditionError("the first token ended the request"))
             else:
-                handoff.computed(Ready(event.token_id, time.time()))
+                handoff.computed(Ready(event.token_id, time.time(), event.logprobs))
             return JobFirstToken(chunk_of_tokens([event]), event.finish, prefill_s)
         if isinstance(event, Preempted):
             self._host.metrics.record_preemption()

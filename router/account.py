@@ -15,7 +15,7 @@ from baton.lifecycle import Event, Timeline
 from baton.service.metrics import RouterMetrics
 from baton.types import FinishReason
 from baton.v1 import inference_pb2 as pb
-from router.generation import Generation
+from router.answer import Answer
 from router.outcome import AttemptStats
 from router.output import Output
 from router.validation import ValidRequest
@@ -29,13 +29,12 @@ class Account:
     stage: str = "validation"
     """What the request waits for until it is generating."""
     request: ValidRequest | None = None
-    output: Output | None = None
-    generation: Generation | None = None
+    answer: Answer | None = None
 
     @property
     def waits_for(self) -> str:
         """The stage that a deadline would end."""
-        return self.stage if self.generation is None else self.generation.stage
+        return self.stage if self.answer is None else self.answer.stage
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,12 +42,12 @@ class Account:
 
     @property
     def cached_tokens(self) -> int:
-        cached = 0 if self.generation is None else self.generation.stats.cached_tokens
+        cached = 0 if self.answer is None else self.answer.generations[0].stats.cached_tokens
         return min(self.prompt_tokens, cached)
 
     @property
     def completion_tokens(self) -> int:
-        return 0 if self.output is None else len(self.output.generated)
+        return 0 if self.answer is None else self.answer.completion_tokens
 
     @asynccontextmanager
     async def counted(self, metrics: RouterMetrics) -> AsyncIterator[None]:
@@ -86,18 +85,24 @@ class Account:
                 raise DeadlineError(self.waits_for) from None
             raise
 
-    def finished(self, reason: FinishReason) -> pb.GenerateResponse:
-        """The client's last message. Precondition: the output is complete."""
-        assert self.generation is not None
-        assert self.output is not None
+    def finished(self) -> pb.GenerateResponse:
+        """The client's last message. Precondition: the answer is complete."""
+        assert self.answer is not None
+        ends = [
+            _choice_end(choice, reason, output)
+            for choice, (reason, output) in enumerate(
+                zip(self.answer.reasons, self.answer.outputs, strict=True)
+            )
+        ]
         message = pb.Finished(
-            reason=codec.finish_reason_to_proto(reason),
+            reason=ends[0].reason,
+            choices=ends,
             usage=pb.Usage(
                 prompt_tokens=self.prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self.completion_tokens,
             ),
-            timings=_timings(self.timeline, self.generation.stats),
+            timings=_timings(self.timeline, self.answer.generations[0].stats),
             attempts=[
                 pb.AttemptReport(
                     prefill_worker=report.prefill_worker,
@@ -105,14 +110,25 @@ class Account:
                     failure=report.failure,
                     resumed_tokens=report.resumed_tokens,
                 )
-                for report in self.generation.reports
+                for generation in self.answer.generations
+                for report in generation.reports
             ],
         )
-        if self.output.stop is not None:
-            message.stop_string = self.output.stop
-        elif self.output.stop_token_id is not None:
-            message.stop_token_id = self.output.stop_token_id
+        match ends[0].WhichOneof("stop_match"):
+            case "stop_string":
+                message.stop_string = ends[0].stop_string
+            case "stop_token_id":
+                message.stop_token_id = ends[0].stop_token_id
         return pb.GenerateResponse(finished=message)
+
+
+def _choice_end(choice: int, reason: FinishReason, output: Output) -> pb.ChoiceEnd:
+    end = pb.ChoiceEnd(choice=choice, reason=codec.finish_reason_to_proto(reason))
+    if output.stop is not None:
+        end.stop_string = output.stop
+    elif output.stop_token_id is not None:
+        end.stop_token_id = output.stop_token_id
+    return end
 
 
 def _timings(timeline: Timeline, stats: AttemptStats) -> pb.Timings:

@@ -91,6 +91,7 @@ class RouterApp:
     async def stop(self) -> None:
         """Ends everything at once. Idempotent."""
         self.table.refuse_new()
+        self.fleet.keep_orphans()
         self.table.abort_all(UnavailableError("the router stopped"))
         if not await self.table.idle(ABORT_TIMEOUT_S):
             _log.error("stopping: %d requests did not end", len(self.table))

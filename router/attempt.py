@@ -1,14 +1,20 @@
-"""One attempt at a request: one pair of workers, one TaskGroup.
+"""One attempt at one of a request's completions: one pair of workers, one TaskGroup.
 
     decode   Decode ─▶ Reserved ───────────────▶ KvReceived ─▶ TokenChunk… ─▶ Finished
     prefill              └─▶ Prefill(skip) ─▶ Started ─▶ FirstToken ─▶ Handed
 
 Tokens reach the sink strictly by index: no gap, no repeat, the first one as soon as prefill has it. However an attempt ends,
-both calls are cancelled, which frees what the workers hold; that is idempotent on their side. A worker that is lost from the
+both calls are cancelled and the workers told to free what they hold; that is idempotent on their side. A worker that is lost from the
 fleet fails the attempt at once, so that one that hangs is bounded by its lease.
 
 Once decode holds the KV, prefill's fate does not matter; between the first token and that moment, decode is given
 `HANDOFF_GRACE_S` to say so.
+
+Where decode drains and another decode worker is there, the attempt leaves it: decode stops after the token it is at and holds the
+KV, from which the next attempt goes on (`left`, `Moved`).
+
+An attempt that another router began, and decode still holds, is joined instead: `attach` reads on where decode's memory of it
+begins.
 
 Belongs to the request's task on the router's event loop. Children report through `_end`; they raise only for bugs.
 """
@@ -17,10 +23,12 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from baton import codec
 from baton.errors import (
+    AbortedError,
     BatonError,
     CorruptKVError,
     DeadlineError,
@@ -29,19 +37,47 @@ from baton.errors import (
     UnavailableError,
 )
 from baton.lifecycle import Event, Timeline
-from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk, WorkerId
+from baton.types import (
+    AttemptKey,
+    FinishReason,
+    RequestRecord,
+    Sequence,
+    TokenChunk,
+    WorkerId,
+)
 from baton.v1 import decode_pb2, prefill_pb2
 from router.members import Member, Pair
 from router.ordering import TokenOrder
 from router.outcome import AttemptStats, Failure, Stage
 from router.streams import Broken, consume
 
+LEAVE_INTERVAL_S = 0.1
+"""How often a draining worker is asked to hand an attempt over that it could not hand over before."""
 HANDOFF_GRACE_S = 2.0
 """How long decode may take to tell that it has the KV of a prefill worker that broke."""
 SOURCE_GRACE_S = 0.2
 """How long prefill may take to tell why decode cannot have its KV."""
 DEADLINE_SLACK_S = 0.25
 """A worker's DEADLINE_EXCEEDED this close to the deadline is the deadline; earlier, it is the worker's own limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What decode is told beside the work, for the case that this router dies."""
+
+    record: RequestRecord
+    grace_s: float
+    holder: str
+    """Names this router's hold on the attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Where an attempt's KV is, which another decode worker left off."""
+
+    member: Member
+    key: AttemptKey
+
 
 Sink = Callable[[TokenChunk], bool]
 """Takes the next tokens, in order; True where no more are wanted. Never blocks."""
@@ -59,24 +95,45 @@ class Attempt:
         sink: Sink,
         timeline: Timeline,
         deadline_s: float,
-        on_prefill_sent: Callable[[], None],
+        terms: Terms,
+        on_prefill_sent: Callable[[], None] = lambda: None,
+        on_kv_received: Callable[[], None] = lambda: None,
+        attach: bool = False,
+        moved: Moved | None = None,
+        elsewhere: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`deadline_s` is on the monotonic clock; to keep it is the caller's part, the workers are told what is left of it."""
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part, the workers are told what is left of it. With `attach`,
+        decode holds an attempt of that key and sequence; with `moved`, another one holds the KV of the sequence, and the token after it
+        is known. The pair has no prefill worker then. `elsewhere` tells whether the attempt could go on at another decode worker.
+        """
         self._key = key
         self._sequence = sequence
         self._pair = pair
         self._sink = sink
         self._timeline = timeline
         self._deadline_s = deadline_s
+        self._terms = terms
         self._on_prefill_sent = on_prefill_sent
-        self._order = TokenOrder(len(sequence.generated))
+        self._on_kv_in_pool = on_kv_received
+        self._attach = attach
+        self._moved = moved
+        self._elsewhere = elsewhere
+        self._leaves_at: int | None = None
+        """Output position after decode's last token, once it has stopped."""
+        self.left: Moved | None = None
+        """Set where the attempt ended because decode drains."""
+        self._order = TokenOrder(len(sequence.generated) + (moved is not None))
         self._has_first_token = False
         self._handed = False
         self._has_kv = asyncio.Event()
+        if attach:
+            self._has_kv.set()
         self._decode_finish: FinishReason | None = None
+        self._decode_has_ended = False
+        """By its own word: there is nothing to release."""
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.stage = Stage.RESERVE
+        self.stage = Stage.DECODE if attach else Stage.RESERVE
         self.failure: Failure | None = None
         self.finish_reason: FinishReason | None = None
         """None after a success: the sink wanted no more."""
@@ -88,6 +145,7 @@ class Attempt:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 watches.enter_context(self._pair.decode.watch(self._on_decode_lost))
+                watches.enter_context(self._pair.decode.on_draining(self._on_decode_drains))
                 if self._pair.prefill is not None:
                     watches.enter_context(self._pair.prefill.watch(self._on_prefill_lost))
                 self._spawn(self._run_decode())
@@ -97,6 +155,9 @@ class Attempt:
                     self._over.set()
                     for task in self._tasks:
                         task.cancel()
+                    if self.left is None and not self._decode_has_ended:
+                        self._pair.decode.release_decode(self._key, self._terms.holder)
+                    self._let_go_of_source()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(self._group.create_task(work))
@@ -111,19 +172,15 @@ class Attempt:
 
     async def _run_decode(self) -> None:
         member, source = self._pair.decode, self._pair.prefill
-        request = decode_pb2.DecodeRequest(
-            key=codec.key_to_proto(self._key),
-            sequence=codec.sequence_to_proto(self._sequence),
-            kv_digest=member.info.spec.digest,
-        )
-        if source is not None:
-            request.source.worker_id = source.worker_id
-            request.source.transfer_address = source.info.transfer_address
-        broken = await consume(
-            lambda: member.call_decode(request, self._remaining_s()), self._on_decode
-        )
+        broken = await consume(self._call_decode, self._on_decode)
+        self._decode_has_ended = broken.from_worker
         if self._decode_finish is not None:
             return  # It has said all; prefill's token, which comes another way, is still due.
+        if self._attach and broken.from_worker and not isinstance(broken.error, AbortedError):
+            # What ended it, the death of its router often, is no fault of this worker's.
+            held_no_more = PreconditionError(f"the held attempt ended: {broken.error.message}")
+            self._end(Failure(held_no_more, WorkerId("")))
+            return
         failure = Failure(self._own_deadline(broken.error), self._blame_for(broken))
         token_is_due = self._has_kv.is_set() and source is not None and not self._has_first_token
         if failure.blame != member.worker_id or token_is_due:
@@ -131,16 +188,44 @@ class Attempt:
             await asyncio.sleep(SOURCE_GRACE_S)
         self._end(failure)
 
+    def _call_decode(self) -> Any:
+        member, source, terms = self._pair.decode, self._pair.prefill, self._terms
+        if self._attach:
+            attach = decode_pb2.DecodeServiceAttachRequest(
+                key=codec.key_to_proto(self._key),
+                next_index=self._order.next_index,
+                holder=terms.holder,
+            )
+            return member.call_attach(attach, self._remaining_s())
+        request = decode_pb2.DecodeRequest(
+            key=codec.key_to_proto(self._key),
+            sequence=codec.sequence_to_proto(self._sequence),
+            kv_digest=member.info.spec.digest,
+            record=codec.record_to_proto(terms.record),
+            grace_seconds=terms.grace_s,
+            holder=terms.holder,
+        )
+        if source is not None:
+            request.source.worker_id = source.worker_id
+            request.source.transfer_address = source.info.transfer_address
+        elif self._moved is not None:
+            request.source.worker_id = self._moved.member.worker_id
+            request.source.transfer_address = self._moved.member.info.transfer_address
+            request.source.key.CopyFrom(codec.key_to_proto(self._moved.key))
+        return member.call_decode(request, self._remaining_s())
+
     def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
         match response.WhichOneof("event"):
             case "reserved":
-                self._on_reserved(response.reserved.cached_tokens)
+                if not self._attach:
+                    self._on_reserved(response.reserved.cached_tokens)
             case "kv_received":
                 self._on_kv_received(response.kv_received)
             case "tokens":
                 self._deliver(codec.chunk_from_proto(response.tokens))
             case "finished":
                 self.stats.preemptions = response.finished.preemptions
+                self._decode_has_ended = True
                 self._decode_finish = codec.finish_reason_from_proto(response.finished.reason)
                 if self._decode_finish is None:
                     raise InternalError("decode finished without a reason")
@@ -164,6 +249,37 @@ class Attempt:
         self.stats.handoff_bytes = received.kv_bytes
         self.stage = Stage.DECODE
         self._has_kv.set()
+        self._on_kv_in_pool()
+        self._let_go_of_source()
+
+    def _let_go_of_source(self) -> None:
+        if self._moved is not None:
+            self._moved.member.release_decode(self._moved.key, self._terms.holder)
+            self._moved = None
+
+    def _on_decode_drains(self) -> None:
+        if not self._over.is_set():
+            self._spawn(self._leave())
+
+    async def _leave(self) -> None:
+        """Stops decode as soon as it generates and another could go on."""
+        await self._has_kv.wait()
+        while self._leaves_at is None:
+            if self._elsewhere():
+                try:
+                    self._leaves_at = await self._pair.decode.hand_over(
+                        self._key, self._terms.holder
+                    )
+                    break
+                except BatonError:
+                    pass  # it has not begun to generate, has ended, or is busy: its call tells
+            await asyncio.sleep(LEAVE_INTERVAL_S)
+        self._leave_if_complete()
+
+    def _leave_if_complete(self) -> None:
+        if self._leaves_at is not None and self._order.next_index >= self._leaves_at:
+            self.left = Moved(self._pair.decode, self._key)
+            self._end(None)
 
     def _on_decode_lost(self, error: UnavailableError) -> None:
         self._end(Failure(error, self._pair.decode.worker_id))
@@ -172,13 +288,14 @@ class Attempt:
         """Who failed where decode's call broke: of a handoff, decode only tells; its other side failed."""
         handing_off = self.stage in (Stage.PREFILL, Stage.HANDOFF)
         about_source = UnavailableError | PreconditionError | CorruptKVError | DeadlineError
+        source = self._pair.prefill or (self._moved.member if self._moved else None)
         if (
-            self._pair.prefill is not None
+            source is not None
             and handing_off
             and broken.from_worker
             and isinstance(broken.error, about_source)
         ):
-            return self._pair.prefill.worker_id
+            return source.worker_id
         return self._pair.decode.worker_id
 
     # Prefill's side.
@@ -252,6 +369,7 @@ class Attempt:
                 self._end(None)
                 return
         self._finish_if_complete()
+        self._leave_if_complete()
 
     def _finish_if_complete(self) -> None:
         if self._decode_finish is None:

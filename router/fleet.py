@@ -85,6 +85,7 @@ class Fleet:
         )
         if current and draining != (member.worker_id in self._draining):
             self._draining ^= {member.worker_id}
+            member.set_draining(draining=draining)
             _log.info("worker %s %s", member.worker_id, "drains" if draining else "drains no more")
             self._tell()
 
@@ -112,10 +113,13 @@ class Fleet:
         return self._policy.place(view, request)
 
     @contextmanager
-    def hold(self, placement: Placement, num_tokens: int) -> Iterator[Held]:
-        """Puts an attempt's load on its workers for as long as the context lasts. Precondition: placed just now."""
+    def hold(self, placement: Placement, num_tokens: int, *, moves: bool = False) -> Iterator[Held]:
+        """Puts an attempt's load on its workers for as long as the context lasts. Precondition: placed just now. One that `moves` has its
+        KV computed; decode takes it from another decode worker.
+        """
         decode, prefill = placement.decode, placement.prefill
-        local_tokens = num_tokens - decode.cached_tokens if prefill is None else 0
+        computes = prefill is None and not moves
+        local_tokens = num_tokens - decode.cached_tokens if computes else 0
         claims = [_claim(decode.info, local_tokens, num_tokens)]
         pair = Pair(None, self._members[decode.info.worker_id])
         if prefill is not None:
@@ -129,6 +133,15 @@ class Fleet:
             for claim in claims:
                 self.registry.release(claim)
 
+    def note_cached(self, worker_id: WorkerId, tokens: Sequence[int]) -> None:
+        """A worker was seen to hold a sequence's KV; its heartbeats go on from there."""
+        for size in self.registry.block_sizes():
+            self.registry.note_cached(worker_id, size, block_hashes(tokens, size))
+
+    def decode_members(self) -> list[Member]:
+        """Whoever can hold a request's attempts, the draining ones too."""
+        return [m for m in self._members.values() if m.info.role is Role.DECODE]
+
     def suspect(self, worker_id: WorkerId) -> None:
         """A worker failed an attempt; see `Registry.suspect`."""
         self.registry.suspect(worker_id, time.monotonic())
@@ -141,6 +154,11 @@ class Fleet:
         except TimeoutError:
             return False
         return True
+
+    def keep_orphans(self) -> None:
+        """From now on, what decode does for requests that end here is not released: this router stops."""
+        for member in self._members.values():
+            member.keeps_orphans = True
 
     async def close(self) -> None:
         """Loses every member. Idempotent."""

@@ -1,8 +1,10 @@
-"""The life of one admitted request: attempt after attempt until its output is complete.
+"""The life of one completion of an admitted request: attempt after attempt until its output is complete.
 
     place ─▶ attempt ─▶ complete
       ▲         └─ failed: exclude who is to blame, go on after every token that the output has
       └─────────────┘
+
+One that another router began starts with the attempt that decode holds, where it does.
 
 There is one recovery path: whatever fails, the next attempt's sequence is the prompt and all tokens so far, and since sampling
 depends on position and seed only, the continuation is the one that the failed attempt would have given. A request fails for
@@ -16,16 +18,27 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from baton.errors import BatonError, UnavailableError
+from baton.errors import BatonError, DrainingError, UnavailableError
 from baton.lifecycle import Event, Timeline
 from baton.service.logging import for_request
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
-from baton.types import AttemptKey, FinishReason, RequestId, Sequence, WorkerId
-from router.attempt import Attempt
+from baton.types import (
+    AttemptKey,
+    FinishReason,
+    RequestId,
+    RequestRecord,
+    Sequence,
+    TokenChunk,
+    WorkerId,
+    WorkerInfo,
+)
+from router.attach import HeldAttempt
+from router.attempt import Attempt, Moved, Terms
 from router.fleet import Fleet
+from router.members import Pair
 from router.outcome import AttemptStats, Failure
 from router.output import Output
 from router.placement import NoWorker, Placement
@@ -51,7 +64,9 @@ class Report:
 
 
 class Generation:
-    """Used once: `run`; the output, the timeline and the reports tell the rest."""
+    """Used once: `run`; the output, the timeline and the reports tell the rest. Of a request's completions, the first one brings the
+    prompt's KV to decode; the others wait for it (`prompt_cached`), and find it in decode's prefix cache.
+    """
 
     def __init__(
         self,
@@ -63,9 +78,15 @@ class Generation:
         settings: RouterSettings,
         metrics: RouterMetrics,
         deadline_s: float,
+        choice: int = 0,
+        held: HeldAttempt | None = None,
     ) -> None:
-        """`deadline_s` is on the monotonic clock; to keep it is the caller's part."""
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `held` is to be gone on with; the output is empty all
+        the same.
+        """
         self._request = request
+        self._sampling = replace(request.sampling, choice=choice)
+        self._held = held
         self._output = output
         self._timeline = timeline
         self._fleet = fleet
@@ -74,14 +95,32 @@ class Generation:
         self._deadline_s = deadline_s
         # Workers know attempts by a name of their own: clients reuse ids, and may give one to two routers.
         self._name = RequestId(f"{request.request_id}/{secrets.token_hex(4)}")
+        remaining_s = deadline_s - time.monotonic()
+        self._terms = Terms(
+            record=RequestRecord(
+                request_id=request.request_id,
+                tenant=request.tenant,
+                stop=request.sampling.stop,
+                n=request.sampling.n,
+                deadline_unix_s=time.time() + remaining_s,
+            ),
+            grace_s=settings.orphan_grace_s,
+            holder=self._name,
+        )
         self._digest: str | None = None
         """KV digest of the workers that generated the tokens so far."""
         self._avoid: set[WorkerId] = set()
+        self._moved: Moved | None = None
+        """What a draining worker holds for the next attempt."""
         self._fruitless = 0
         """Failed attempts since the last new token."""
         self._stage: Callable[[], str] = lambda: "placement"
+        self.prompt_cached = asyncio.Event()
+        """Set once a decode worker has the prompt's KV; and in any case at the end."""
         self.stats = AttemptStats()
         """Of the last attempt."""
+        self.decode_worker = WorkerId("")
+        """Of the current attempt, or the last one."""
         self.reports: list[Report] = []
 
     @property
@@ -91,13 +130,33 @@ class Generation:
 
     async def run(self) -> FinishReason:
         """Returns once the output is complete. Raises what the request fails with. Cancelling it is legal at any instant."""
-        while True:
-            placement = await self._place()
-            failure, reason = await self._attempt(placement)
-            if failure is None:
-                assert reason is not None
-                return reason
-            await self._recover(failure)
+        try:
+            failure, reason = await self._next_attempt()
+            while failure is not None:
+                await self._recover(failure)
+                failure, reason = await self._next_attempt()
+        finally:
+            self.prompt_cached.set()
+            if self._moved is not None:
+                self._moved.member.release_decode(self._moved.key, self._terms.holder)
+        assert reason is not None
+        return reason
+
+    async def _next_attempt(self) -> tuple[Failure | None, FinishReason | None]:
+        """Exactly one of the two is None."""
+        held, self._held = self._held, None
+        if held is not None:
+            return await self._attach(held)
+        placement = await self._place()
+        moved, self._moved = self._moved, None
+        return await self._attempt(placement, moved)
+
+    def _elsewhere(self) -> bool:
+        """Whether a decode worker could go on with this request now."""
+        tokens = self._request.prompt + tuple(self._output.generated)
+        return not isinstance(
+            self._fleet.place(tokens, avoid=frozenset(self._avoid), digest=self._digest), NoWorker
+        )
 
     async def _place(self) -> Placement:
         """Waits, within limits, for workers that can take the request."""
@@ -111,11 +170,37 @@ class Generation:
             if not await self._fleet.wait_for_change(end_s - time.monotonic()):
                 raise UnavailableError(placed.reason)
 
-    async def _attempt(self, placement: Placement) -> tuple[Failure | None, FinishReason | None]:
-        """Exactly one of the two is None."""
+    async def _attach(self, held: HeldAttempt) -> tuple[Failure | None, FinishReason | None]:
+        """Takes in what an attempt of another router generated, and what it still will."""
+        generated = held.sequence.generated
+        if generated:
+            self._output.put(TokenChunk(0, generated))
+        attempt = Attempt(
+            held.key,
+            held.sequence,
+            Pair(None, held.member),
+            sink=self._output.put,
+            timeline=self._timeline,
+            deadline_s=self._deadline_s,
+            terms=self._terms,
+            on_kv_received=self.prompt_cached.set,
+            attach=True,
+            elsewhere=self._elsewhere,
+        )
+        await self._run(attempt, held.member.info)
+        return self._outcome(attempt, "", held.member.info, len(generated))
+
+    async def _attempt(
+        self, placement: Placement, moved: Moved | None
+    ) -> tuple[Failure | None, FinishReason | None]:
         generated = tuple(self._output.generated)
-        sequence = Sequence(self._request.prompt, generated, self._request.sampling)
-        with self._fleet.hold(placement, len(sequence)) as held:
+        if moved is not None:
+            # The KV of the last token is computed by whoever generates the next one.
+            placement = replace(placement, prefill=None)
+            sequence = Sequence(self._request.prompt, generated[:-1], self._sampling)
+        else:
+            sequence = Sequence(self._request.prompt, generated, self._sampling)
+        with self._fleet.hold(placement, len(sequence), moves=moved is not None) as held:
             attempt = Attempt(
                 AttemptKey(self._name, len(self.reports)),
                 sequence,
@@ -123,24 +208,52 @@ class Generation:
                 sink=self._output.put,
                 timeline=self._timeline,
                 deadline_s=self._deadline_s,
+                terms=self._terms,
                 on_prefill_sent=held.prefill_sent,
+                on_kv_received=self.prompt_cached.set,
+                moved=moved,
+                elsewhere=self._elsewhere,
             )
-            self._timeline.record(Event.PLACED, time.monotonic())
-            self._stage = lambda: attempt.stage.value
-            self.stats = attempt.stats
-            await attempt.run()
+            await self._run(attempt, placement.decode.info)
+        prefill = placement.prefill
+        prefill_worker = "" if prefill is None else prefill.info.worker_id
+        return self._outcome(attempt, prefill_worker, placement.decode.info, len(generated))
+
+    async def _run(self, attempt: Attempt, decode: WorkerInfo) -> None:
+        self.decode_worker = decode.worker_id
+        self._timeline.record(Event.PLACED, time.monotonic())
+        self._stage = lambda: attempt.stage.value
+        self.stats = attempt.stats
+        await attempt.run()
+
+    def _outcome(
+        self, attempt: Attempt, prefill_worker: str, decode: WorkerInfo, resumed_tokens: int
+    ) -> tuple[Failure | None, FinishReason | None]:
         reason = self._output.end or attempt.finish_reason
         # An output that has its last token is complete, even if its worker died before saying so.
         failure = None if reason is not None else attempt.failure
-        self._record(placement, failure, len(generated), attempt.stats)
-        if len(self._output.generated) > len(generated):
-            self._digest = placement.decode.digest
+        if reason is None and attempt.left is not None:
+            self._moved = attempt.left
+            failure = Failure(DrainingError("decode drains; its KV moves on"), decode.worker_id)
+        error: BatonError | None = None if failure is None else failure.error
+        report = Report(
+            prefill_worker=prefill_worker,
+            decode_worker=decode.worker_id,
+            failure="" if error is None else f"{error.reason}: {error.message}",
+            resumed_tokens=resumed_tokens,
+        )
+        self._record(report, error, attempt.stats)
+        if len(self._output.generated) > resumed_tokens:
             self._avoid.clear()
             self._fruitless = 0
+        if self._output.generated:
+            self._digest = decode.spec.digest
         return failure, reason
 
     async def _recover(self, failure: Failure) -> None:
         """Prepares the next attempt, or raises."""
+        if self._moved is not None:
+            return
         self._fruitless += 1
         if not failure.retryable or self._fruitless >= self._settings.max_attempts:
             raise failure.error
@@ -152,27 +265,13 @@ class Generation:
             pause_s = FIRST_BACKOFF_S * 2 ** (self._fruitless - 2)
             await asyncio.sleep(min(MAX_BACKOFF_S, pause_s))
 
-    def _record(
-        self,
-        placement: Placement,
-        failure: Failure | None,
-        resumed_tokens: int,
-        stats: AttemptStats,
-    ) -> None:
-        error: BatonError | None = None if failure is None else failure.error
-        prefill = placement.prefill
-        self.reports.append(
-            Report(
-                prefill_worker="" if prefill is None else prefill.info.worker_id,
-                decode_worker=placement.decode.info.worker_id,
-                failure="" if error is None else f"{error.reason}: {error.message}",
-                resumed_tokens=resumed_tokens,
-            )
-        )
+    def _record(self, report: Report, error: BatonError | None, stats: AttemptStats) -> None:
+        self.reports.append(report)
         self._metrics.record_attempt(error)
         if error is not None:
             log = for_request(_log, self._request.request_id)
-            log.warning("attempt %d failed: %s", len(self.reports) - 1, self.reports[-1].failure)
+            level = logging.INFO if isinstance(error, DrainingError) else logging.WARNING
+            log.log(level, "attempt %d ended: %s", len(self.reports) - 1, report.failure)
         if stats.prefill_s:
             self._metrics.record_prefill(stats.prefill_s)
         if stats.handoff_bytes:

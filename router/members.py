@@ -5,8 +5,8 @@ is a new member with a new channel.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,16 @@ import grpc
 
 from baton import codec
 from baton.errors import UnavailableError
+from baton.service.status import error_from_rpc
 from baton.types import AttemptKey, WorkerId, WorkerInfo
 from baton.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 RELEASE_TIMEOUT_S = 1.0
-"""Releasing after a broken call is a courtesy: the worker also notices by itself."""
+"""Releasing is a courtesy: a worker also lets go by itself, of a prompt at once, of an answer after its grace."""
+HAND_OVER_TIMEOUT_S = 2.0
+"""An engine whose step takes longer goes on with the request itself."""
+FIND_TIMEOUT_S = 1.0
+"""A worker that does not say by then that it holds a request counts as not holding it."""
 CLOSE_GRACE_S = 1.0
 """Calls on a lost member end by themselves, as their attempts are told; this bounds those that do not."""
 
@@ -36,7 +41,11 @@ class Member:
         self._channel = channel
         self._lost: UnavailableError | None = None
         self._watchers: set[LostCallback] = set()
+        self._draining = False
+        self._leavers: set[Callable[[], None]] = set()
         self._releases: set[asyncio.Task[None]] = set()
+        self.keeps_orphans = False
+        """Set where this router stops: what its requests leave behind is for another router to go on with."""
 
     @property
     def worker_id(self) -> WorkerId:
@@ -51,6 +60,53 @@ class Member:
         """Starts a Decode call. Raises `UnavailableError` where the member is lost."""
         self._raise_if_lost()
         return self._decode.Decode(request, timeout=timeout_s)
+
+    def call_attach(self, request: decode_pb2.DecodeServiceAttachRequest, timeout_s: float) -> Any:
+        """Starts an Attach call. Raises `UnavailableError` where the member is lost."""
+        self._raise_if_lost()
+        return self._decode.Attach(request, timeout=timeout_s)
+
+    async def find(self, request_id: str, tenant: str) -> decode_pb2.FindResponse:
+        """The attempts at a client's request that a decode worker holds; none where it does not answer in time."""
+        request = decode_pb2.FindRequest(request_id=request_id, tenant=tenant)
+        try:
+            self._raise_if_lost()
+            found: decode_pb2.FindResponse = await self._decode.Find(
+                request, timeout=FIND_TIMEOUT_S
+            )
+        except (grpc.aio.AioRpcError, UnavailableError):
+            return decode_pb2.FindResponse()
+        return found
+
+    async def hand_over(self, key: AttemptKey, holder: str) -> int:
+        """Has a decode worker stop an attempt and hold its KV; returns the output position after its last token. Raises a `BatonError`
+        where it does not.
+        """
+        request = decode_pb2.HandOverRequest(key=codec.key_to_proto(key), holder=holder)
+        self._raise_if_lost()
+        try:
+            response = await self._decode.HandOver(request, timeout=HAND_OVER_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        return int(response.end_index)
+
+    @contextmanager
+    def on_draining(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Inside the context, `tell` is called when the worker begins to drain; at once if it does. It must not raise."""
+        if self._draining:
+            tell()
+        self._leavers.add(tell)
+        try:
+            yield
+        finally:
+            self._leavers.discard(tell)
+
+    def set_draining(self, *, draining: bool) -> None:
+        """As the worker last told."""
+        began, self._draining = draining and not self._draining, draining
+        if began:
+            for tell in tuple(self._leavers):
+                tell()
 
     @contextmanager
     def watch(self, on_lost: LostCallback) -> Iterator[None]:
@@ -73,9 +129,15 @@ class Member:
 
     def release_prefill(self, key: AttemptKey) -> None:
         """Tells a prefill worker, in the background and once, to let go of an attempt whose call broke."""
-        task = asyncio.create_task(self._release_prefill(key), name=f"release {key}")
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
+        request = prefill_pb2.ReleaseRequest(key=codec.key_to_proto(key))
+        self._release(lambda: self._prefill.Release(request, timeout=RELEASE_TIMEOUT_S))
+
+    def release_decode(self, key: AttemptKey, holder: str) -> None:
+        """Tells a decode worker, in the background and once, that nobody will attach to an attempt any more."""
+        if self.keeps_orphans:
+            return
+        request = decode_pb2.DecodeServiceReleaseRequest(key=codec.key_to_proto(key), holder=holder)
+        self._release(lambda: self._decode.Release(request, timeout=RELEASE_TIMEOUT_S))
 
     async def close(self) -> None:
         """Ends the channel, and what still runs on it after a grace. Precondition: lost."""
@@ -84,14 +146,17 @@ class Member:
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _release_prefill(self, key: AttemptKey) -> None:
-        request = prefill_pb2.ReleaseRequest(key=codec.key_to_proto(key))
-        try:
-            self._raise_if_lost()
-            await self._prefill.Release(request, timeout=RELEASE_TIMEOUT_S)
-        except (grpc.aio.AioRpcError, UnavailableError):
-            # It is dead, or it has noticed by itself.
+    def _release(self, call: Callable[[], Awaitable[object]]) -> None:
+        if self._lost is not None:
             return
+
+        async def release() -> None:
+            with suppress(grpc.aio.AioRpcError):  # it is dead, or lets go once its grace is over
+                await call()
+
+        task = asyncio.create_task(release(), name=f"release on {self.worker_id}")
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton.errors import (
+    AbortedError,
     BatonError,
     CorruptKVError,
     DeadlineError,
@@ -34,7 +35,7 @@ class Failure:
     @property
     def retryable(self) -> bool:
         """Whether another attempt can succeed."""
-        return not isinstance(self.error, InvalidRequestError | DeadlineError)
+        return not isinstance(self.error, InvalidRequestError | DeadlineError | AbortedError)
 
     @property
     def suspicious(self) -> bool:

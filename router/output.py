@@ -1,11 +1,13 @@
-"""One request's output between its attempts, which produce it, and its client's stream, which takes it.
+"""A request's outputs, one for each of its completions, between the attempts that produce them and the stream that takes them.
 
 Attempts put tokens in without ever waiting; the stream takes whatever is there as one piece, so that a slow reader delays
 nobody and gets larger pieces. What was put in counts as sent: the next attempt goes on after it. Used on the router's event
-loop; one producer at a time, one consumer.
+loop; an output has one producer at a time, all have one consumer.
 """
 
 import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from baton.types import FinishReason, TokenChunk
@@ -22,17 +24,31 @@ class Piece:
     text: str
     tokens: TokenChunk | None
     """None where only text was left, held until the end."""
+    choice: int = 0
+    """Which of the completions."""
 
 
 class Output:
-    """See the module docstring."""
+    """One completion's."""
 
-    def __init__(self, text: OutputText, max_tokens: int) -> None:
+    def __init__(
+        self,
+        text: OutputText,
+        max_tokens: int,
+        *,
+        choice: int = 0,
+        known_tokens: int = 0,
+        known_characters: int = 0,
+    ) -> None:
+        """So many tokens, and so many characters of their text, the client has: they are taken in, but not given out."""
         self._text = text
         self._max_tokens = max_tokens
+        self._choice = choice
+        self._known_tokens = known_tokens
+        self._known_characters = known_characters
         self._pieces: list[Piece] = []
         self._closed = False
-        self._changed = asyncio.Event()
+        self._on_change: Callable[[], None] = lambda: None
         self.generated: list[int] = []
         """Every token of the output."""
         self.stop: str | None = None
@@ -63,35 +79,77 @@ class Output:
             self.stop_token_id = update.stop_token_id
         if taken.token_ids:
             self.generated.extend(taken.token_ids)
-            self._add(Piece(update.text, taken))
+            self._add(update.text, taken)
         return self.stop is not None or len(taken.token_ids) < len(chunk.token_ids)
 
     def finish(self) -> None:
         """The output is complete: gives out the text that was held back."""
         rest = self._text.finish()
         if rest:
-            self._add(Piece(rest, None))
+            self._add(rest, None)
 
     def close(self) -> None:
         """Nothing more will come. Idempotent."""
         self._closed = True
-        self._changed.set()
+        self._on_change()
 
-    async def take(self) -> Piece | None:
-        """Everything new, as far as it fits one message; None once all was taken and the output is closed."""
-        while not self._pieces:
-            if self._closed:
-                return None
-            self._changed.clear()
-            await self._changed.wait()
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will come, beside what was not taken yet."""
+        return self._closed
+
+    def on_change(self, tell: Callable[[], None]) -> None:
+        """`tell` is called when something can be taken, or nothing more will come."""
+        self._on_change = tell
+
+    def take(self) -> Piece | None:
+        """Everything new, as far as it fits one message; None where nothing is."""
+        if not self._pieces:
+            return None
         piece = self._pieces.pop(0)
         while self._pieces and _length(piece) + _length(self._pieces[0]) <= MAX_PIECE_TOKENS:
             piece = _joined(piece, self._pieces.pop(0))
         return piece
 
-    def _add(self, piece: Piece) -> None:
-        self._pieces.append(piece)
-        self._changed.set()
+    def _add(self, text: str, tokens: TokenChunk | None) -> None:
+        fresh = text[self._known_characters :]
+        self._known_characters -= len(text) - len(fresh)
+        if tokens is not None and tokens.first_index < self._known_tokens:
+            tokens = _after(tokens, self._known_tokens)
+        if fresh or tokens is not None:
+            self._pieces.append(Piece(fresh, tokens, self._choice))
+            self._on_change()
+
+
+class Outputs:
+    """All completions of a request, as its stream takes them."""
+
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self._outputs = deque(outputs)
+        self._changed = asyncio.Event()
+        for output in outputs:
+            output.on_change(self._changed.set)
+
+    async def take(self) -> Piece | None:
+        """The next piece, of each completion in turn; None once all was taken and every output is closed."""
+        while True:
+            for output in tuple(self._outputs):
+                self._outputs.rotate(-1)
+                piece = output.take()
+                if piece is not None:
+                    return piece
+            if all(output.closed for output in self._outputs):
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def _after(chunk: TokenChunk, index: int) -> TokenChunk | None:
+    """The chunk's tokens from an output position on, where there are any."""
+    known = index - chunk.first_index
+    if known >= len(chunk.token_ids):
+        return None
+    return TokenChunk(index, chunk.token_ids[known:], chunk.logprobs[known:])
 
 
 def _length(piece: Piece) -> int:
@@ -101,10 +159,10 @@ def _length(piece: Piece) -> int:
 def _joined(first: Piece, second: Piece) -> Piece:
     text = first.text + second.text
     if first.tokens is None or second.tokens is None:
-        return Piece(text, first.tokens or second.tokens)
+        return replace(first, text=text, tokens=first.tokens or second.tokens)
     tokens = replace(
         first.tokens,
         token_ids=first.tokens.token_ids + second.tokens.token_ids,
         logprobs=first.tokens.logprobs + second.tokens.logprobs,
     )
-    return Piece(text, tokens)
+    return replace(first, text=text, tokens=tokens)

@@ -101,6 +101,14 @@ class Registry:
         if worker is not None:
             worker.failed_at_s = now_s
 
+    def note_cached(
+        self, worker_id: WorkerId, block_size_tokens: int, hashes: Sequence[BlockHash]
+    ) -> None:
+        """A worker of that block size holds these blocks. No effect where it is not a member."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.info.block_size_tokens == block_size_tokens:
+            worker.cached.update(hashes)
+
     def claim(self, claim: Claim) -> None:
         """Puts load on a worker. No effect where it is not a member."""
         worker = self._workers.get(claim.worker_id)

@@ -12,8 +12,8 @@ from baton.errors import (
     BatonError,
     CancelledError,
     CapacityError,
+    DrainingError,
     NotFoundError,
-    UnavailableError,
 )
 from baton.service.metrics import RouterMetrics
 from baton.types import RequestId
@@ -55,11 +55,11 @@ class RequestTable:
 
     @asynccontextmanager
     async def enter(self, request_id: RequestId) -> AsyncIterator[None]:
-        """Serves a request inside the context, once it is its turn. Raises `UnavailableError` while draining, `AlreadyExistsError` where
+        """Serves a request inside the context, once it is its turn. Raises `DrainingError` while draining, `AlreadyExistsError` where
         one of that id is here, `CapacityError` where the queue is full, and what the request was aborted with.
         """
         if self._refuses:
-            raise UnavailableError("the router is draining")
+            raise DrainingError("the router is draining")
         if request_id in self._requests:
             raise AlreadyExistsError(f"a request {request_id!r} runs")
         task = asyncio.current_task()
@@ -80,9 +80,14 @@ class RequestTable:
             running.uncancel()
             raise running.error from None
         finally:
-            del self._requests[request_id]
+            if self._requests.get(request_id) is running:
+                del self._requests[request_id]
             if not self._requests:
                 self._idle.set()
+
+    def replace(self, request_id: RequestId) -> None:
+        """A request of that id, if one is here, gives up its id: another stream goes on with it, and its own will end."""
+        self._requests.pop(request_id, None)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with `CancelledError`. Raises `NotFoundError`."""

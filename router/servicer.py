@@ -14,17 +14,17 @@ from baton.lifecycle import Event, Timeline
 from baton.service.calls import Context, time_left_s
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
-from baton.types import FinishReason
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from router.account import Account
+from router.answer import NOTHING, Answer, Resumption
+from router.attach import HeldAttempt, find_held
 from router.client_stream import ClientStream
 from router.fleet import Fleet
-from router.generation import Generation
 from router.model import ServedModel
-from router.output import Output, Piece
+from router.output import Piece
 from router.requests import RequestTable
-from router.text import OutputText
+from router.resume import resume
 from router.validation import ModelFacts, ValidRequest, parse_generate
 
 INLINE_BYTES = 8192
@@ -48,6 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._table = table
         self._settings = settings
         self._metrics = metrics
+        self._since_s = time.monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Writes one Accepted, Chunks, and one Finished."""
@@ -60,9 +61,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             valid = account.request = await self._parse(request, facts)
             account.stage = "admission"
             async with self._table.enter(valid.request_id):
-                account.timeline.record(Event.ADMITTED, time.monotonic())
-                await stream.write(_accepted(valid, facts))
-                await self._generate(valid, facts, account, stream, deadline_s)
+                await self._answer(facts, account, stream, deadline_s)
+
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # noqa: N802
+        """Writes one Accepted, the Chunks that the client lacks, and one Finished."""
+        now_s = time.monotonic()
+        deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
+        account = Account(Timeline(received_s=now_s))
+        stream = ClientStream(context, self._settings.write_stall_s)
+        async with account.counted(self._metrics), account.bounded(deadline_s):
+            facts = await self._facts()
+            account.stage = "attach"
+            valid, resumption = resume(request, await self._find(request.request_id))
+            account.request = valid
+            deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
+            self._table.replace(valid.request_id)
+            async with account.bounded(deadline_s), self._table.enter(valid.request_id):
+                await self._answer(facts, account, stream, deadline_s, resumption)
 
     async def Cancel(  # noqa: N802
         self,
@@ -106,42 +121,45 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             return parse_generate(request, facts, self._model.tokenizer)
         return await asyncio.to_thread(parse_generate, request, facts, self._model.tokenizer)
 
-    async def _generate(
+    async def _find(self, request_id: str) -> dict[int, HeldAttempt]:
+        """What workers hold of a request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
+        end_s = self._since_s + self._settings.worker_wait_s
+        while True:
+            members = self._fleet.decode_members()
+            if held := await find_held(members, request_id, tenant=""):
+                return held
+            if not await self._fleet.wait_for_change(end_s - time.monotonic()):
+                raise NotFoundError("request", request_id)
+
+    async def _answer(
         self,
-        valid: ValidRequest,
         facts: ModelFacts,
         account: Account,
         stream: ClientStream,
         deadline_s: float,
+        resumption: Resumption = NOTHING,
     ) -> None:
-        text = OutputText(
-            self._model.tokenizer,
-            valid.sampling,
-            prompt=valid.prompt,
-            eos_token_ids=facts.eos_token_ids,
-        )
-        output = account.output = Output(text, valid.sampling.max_tokens)
-        generation = account.generation = Generation(
+        valid = account.request
+        assert valid is not None
+        account.timeline.record(Event.ADMITTED, time.monotonic())
+        await stream.write(_accepted(valid, facts))
+        answer = account.answer = Answer(
             valid,
-            output,
-            account.timeline,
+            facts,
+            self._model.tokenizer,
             fleet=self._fleet,
             settings=self._settings,
             metrics=self._metrics,
+            timeline=account.timeline,
             deadline_s=deadline_s,
+            resumption=resumption,
         )
-        driver = asyncio.create_task(_drive(generation, output), name=valid.request_id)
-        try:
-            while (piece := await output.take()) is not None:
+        async with answer.running() as outputs:
+            while (piece := await outputs.take()) is not None:
                 await stream.write(_chunk(piece))
                 self._wrote(piece, account.timeline)
-            reason = await driver
-        finally:
-            driver.cancel()
-            # Its error is raised above, or something else ended the request first.
-            await asyncio.gather(driver, return_exceptions=True)
         account.timeline.record(Event.FINISHED, time.monotonic())
-        await stream.write(account.finished(reason))
+        await stream.write(account.finished())
 
     def _wrote(self, piece: Piece, timeline: Timeline) -> None:
         if piece.tokens is None:
@@ -152,15 +170,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._metrics.record_token_gap(now_s - timeline.received_s - last_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
-
-
-async def _drive(generation: Generation, output: Output) -> FinishReason:
-    try:
-        reason = await generation.run()
-        output.finish()
-        return reason
-    finally:
-        output.close()
 
 
 def _accepted(valid: ValidRequest, facts: ModelFacts) -> pb.GenerateResponse:
@@ -176,4 +185,4 @@ def _accepted(valid: ValidRequest, facts: ModelFacts) -> pb.GenerateResponse:
 
 def _chunk(piece: Piece) -> pb.GenerateResponse:
     tokens = None if piece.tokens is None else codec.chunk_to_proto(piece.tokens)
-    return pb.GenerateResponse(chunk=pb.Chunk(text=piece.text, tokens=tokens))
+    return pb.GenerateResponse(chunk=pb.Chunk(text=piece.text, tokens=tokens, choice=piece.choice))

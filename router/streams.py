@@ -9,7 +9,7 @@ import grpc
 from grpc.aio import AioRpcError
 
 from baton.errors import BatonError, CancelledError, InternalError, UnavailableError
-from baton.service.status import error_from_rpc
+from baton.service.status import error_from_rpc, said_by_peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,7 @@ async def consume(start: Callable[[], Any], handle: Callable[[Any], None]) -> Br
         while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
             handle(response)
     except AioRpcError as error:
-        trailers: Any = error.trailing_metadata() or ()
-        said = any(key == "grpc-status-details-bin" for key, _ in trailers)
-        return Broken(_not_ours(error_from_rpc(error)), from_worker=said)
+        return Broken(_not_ours(error_from_rpc(error)), from_worker=said_by_peer(error))
     except BatonError as error:
         return Broken(error, from_worker=True)
     except asyncio.CancelledError:

@@ -22,6 +22,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 16
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ROLES = ("system", "user", "assistant")
@@ -48,6 +49,8 @@ class ValidRequest:
     """At least one token; at least one more fits the context."""
     sampling: SamplingParams
     """Resolved. max_tokens never passes the end of the context: a larger one is cut to it, and the output then ends with LENGTH."""
+    tenant: str = ""
+    """Whose request it is; empty where callers are not told apart."""
 
 
 def parse_generate(
@@ -142,6 +145,7 @@ def _number_violations(sampling: common_pb2.SamplingParams) -> Iterator[FieldVio
         ),
         ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "must be in [-2, 2]"),
         ("frequency_penalty", -2 <= sampling.frequency_penalty <= 2, "must be in [-2, 2]"),
+        ("n", sampling.n <= MAX_COMPLETIONS, f"must be in [1, {MAX_COMPLETIONS}]"),
         ("logprobs", 0 <= sampling.logprobs <= MAX_LOGPROBS, f"must be in [0, {MAX_LOGPROBS}]"),
     )
     for name, holds, description in rules:
@@ -217,4 +221,5 @@ def _resolve(sampling: common_pb2.SamplingParams, room_tokens: int) -> SamplingP
         stop_token_ids=tuple(dict.fromkeys(filled.stop_token_ids)),
         ignore_eos=filled.ignore_eos,
         logprobs=filled.logprobs if filled.HasField("logprobs") else None,
+        n=max(1, filled.n),
     )

@@ -93,7 +93,9 @@ class MemoryFleet:
             self._sources.add(settings.transfer_address, worker)
             return worker
         budget = ByteCredits(settings.kv_credit_bytes)
-        return DecodeWorker(settings, engine, MemoryTransport(self._sources, budget))
+        decode = DecodeWorker(settings, engine, MemoryTransport(self._sources, budget))
+        self._sources.add(settings.transfer_address, decode)
+        return decode
 
 
 async def _end(worker: PrefillWorker | DecodeWorker, grace_s: float) -> None:

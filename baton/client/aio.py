@@ -1,12 +1,15 @@
 """The asyncio client. Everything belongs to the event loop in which the `AsyncClient` was made."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 
+from baton.client.recovery import Recovery, Routers, split_targets
 from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
 from baton.client.wire import (
     Collector,
@@ -27,22 +30,48 @@ class AsyncStream:
 
     def __init__(
         self,
-        call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]",
-        request_id: str,
+        routers: Routers[InferenceServiceStub],
+        request: pb.GenerateRequest | pb.AttachRequest,
+        *,
+        reconnect_s: float,
+        timeout_s: float | None,
     ) -> None:
-        self.request_id = request_id
-        self._call = call
+        self.request_id = request.request_id
+        self._routers = routers
+        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._collector = Collector()
+        self._recovery = Recovery(request, self._collector, reconnect_s)
+        self._closed = False
+        self._call = self._start(request)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        try:
-            async for response in self._call:
-                chunk = self._collector.add(response)
-                if chunk is not None:
-                    yield chunk
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        self._collector.check_ended()
+        while True:
+            try:
+                async for response in self._call:
+                    self._recovery.progress()
+                    chunk = self._collector.add(response)
+                    if chunk is not None:
+                        yield chunk
+            except grpc.RpcError as error:
+                retry = self._recovery.after(error, time.monotonic())
+                if retry is None or self._closed:
+                    raise error_from_rpc(error) from error
+                await asyncio.sleep(retry.pause_s)
+                if retry.elsewhere:
+                    self._routers.move_on(self._stub)
+                self._call = self._start(retry.message)
+            else:
+                self._collector.check_ended()
+                return
+
+    def _start(
+        self, message: pb.GenerateRequest | pb.AttachRequest
+    ) -> "grpc.aio.UnaryStreamCall[Any, pb.GenerateResponse]":
+        stub = self._stub = self._routers.current
+        timeout_s = None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+        if isinstance(message, pb.AttachRequest):
+            return stub.Attach(message, timeout=timeout_s)  # type: ignore[no-any-return]  # untyped stubs
+        return stub.Generate(message, timeout=timeout_s)  # type: ignore[no-any-return]
 
     async def read(self) -> Result:
         """Waits for the end."""
@@ -64,6 +93,7 @@ class AsyncStream:
 
     def close(self) -> None:
         """Cancels the request if it runs. Idempotent."""
+        self._closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -95,10 +125,16 @@ class AsyncClient:
     def __init__(
         self, address: str = "127.0.0.1:50051", *, connection: ConnectionOptions | None = None
     ) -> None:
-        """Connects on first use. `address` is host:port, or any target that gRPC resolves."""
-        options = channel_options(connection or ConnectionOptions())
-        self._channel = grpc.aio.insecure_channel(address, options=options)
-        self._stub = InferenceServiceStub(self._channel)
+        """Connects on first use. `address` is host:port, or any target that gRPC resolves; several, separated by commas, are routers of
+        one fleet, and a request whose router is lost goes on at the next.
+        """
+        connection = connection or ConnectionOptions()
+        options = channel_options(connection)
+        self._reconnect_s = connection.reconnect_s
+        self._channels = [
+            grpc.aio.insecure_channel(target, options=options) for target in split_targets(address)
+        ]
+        self._routers = Routers([InferenceServiceStub(channel) for channel in self._channels])
 
     def generate(
         self,
@@ -112,7 +148,18 @@ class AsyncClient:
         """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
         name = request_id if request_id is not None else new_request_id()
         request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
-        return AsyncStream(self._stub.Generate(request, timeout=timeout_s), name)
+        return AsyncStream(
+            self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s
+        )
+
+    def attach(self, request_id: str, *, timeout_s: float | None = None) -> AsyncStream:
+        """Reads a running request's answer from its beginning, whoever began it; whoever read it before gets `AbortedError`.
+        `NotFoundError` where no worker holds it.
+        """
+        request = pb.AttachRequest(request_id=request_id)
+        return AsyncStream(
+            self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s
+        )
 
     async def complete(
         self,
@@ -132,21 +179,26 @@ class AsyncClient:
     async def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
         """Ends a running request, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none runs."""
         try:
-            await self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
+            await self._routers.current.Cancel(
+                pb.CancelRequest(request_id=request_id), timeout=timeout_s
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
 
     async def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
         """Describes the served model and the workers that serve it now."""
         try:
-            response = await self._stub.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
+            response = await self._routers.current.GetModel(
+                pb.GetModelRequest(model=name), timeout=timeout_s
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
         return model_info(response)
 
     async def close(self) -> None:
         """Cancels what runs. Idempotent."""
-        await self._channel.close(grace=None)
+        for channel in self._channels:
+            await channel.close(grace=None)
 
     async def __aenter__(self) -> Self:
         return self

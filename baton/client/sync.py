@@ -2,12 +2,15 @@
 may `close` it.
 """
 
+import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 import grpc
 
+from baton.client.recovery import Recovery, Routers, split_targets
 from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
 from baton.client.wire import (
     Collector,
@@ -26,20 +29,49 @@ class Stream:
     on every worker.
     """
 
-    def __init__(self, call: "grpc.CallIterator[pb.GenerateResponse]", request_id: str) -> None:
-        self.request_id = request_id
-        self._call = call
+    def __init__(
+        self,
+        routers: Routers[InferenceServiceStub],
+        request: pb.GenerateRequest | pb.AttachRequest,
+        *,
+        reconnect_s: float,
+        timeout_s: float | None,
+    ) -> None:
+        self.request_id = request.request_id
+        self._routers = routers
+        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._collector = Collector()
+        self._recovery = Recovery(request, self._collector, reconnect_s)
+        self._closed = threading.Event()
+        self._call = self._start(request)
 
     def __iter__(self) -> Iterator[Chunk]:
-        try:
-            for response in self._call:
-                chunk = self._collector.add(response)
-                if chunk is not None:
-                    yield chunk
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        self._collector.check_ended()
+        while True:
+            try:
+                for response in self._call:
+                    self._recovery.progress()
+                    chunk = self._collector.add(response)
+                    if chunk is not None:
+                        yield chunk
+            except grpc.RpcError as error:
+                retry = self._recovery.after(error, time.monotonic())
+                if retry is None or self._closed.wait(retry.pause_s):
+                    raise error_from_rpc(error) from error
+                if retry.elsewhere:
+                    self._routers.move_on(self._stub)
+                self._call = self._start(retry.message)
+            else:
+                self._collector.check_ended()
+                return
+
+    def _start(
+        self, message: pb.GenerateRequest | pb.AttachRequest
+    ) -> "grpc.CallIterator[pb.GenerateResponse]":
+        stub = self._stub = self._routers.current
+        timeout_s = None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+        if isinstance(message, pb.AttachRequest):
+            return stub.Attach(message, timeout=timeout_s)  # type: ignore[no-any-return]  # untyped stubs
+        return stub.Generate(message, timeout=timeout_s)  # type: ignore[no-any-return]
 
     def read(self) -> Result:
         """Waits for the end."""
@@ -61,6 +93,7 @@ class Stream:
 
     def close(self) -> None:
         """Cancels the request if it runs. Idempotent."""
+        self._closed.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -88,10 +121,16 @@ class Client:
     def __init__(
         self, address: str = "127.0.0.1:50051", *, connection: ConnectionOptions | None = None
     ) -> None:
-        """Connects on first use. `address` is host:port, or any target that gRPC resolves."""
-        options = channel_options(connection or ConnectionOptions())
-        self._channel = grpc.insecure_channel(address, options=options)
-        self._stub = InferenceServiceStub(self._channel)
+        """Connects on first use. `address` is host:port, or any target that gRPC resolves; several, separated by commas, are routers of
+        one fleet, and a request whose router is lost goes on at the next.
+        """
+        connection = connection or ConnectionOptions()
+        options = channel_options(connection)
+        self._reconnect_s = connection.reconnect_s
+        self._channels = [
+            grpc.insecure_channel(target, options=options) for target in split_targets(address)
+        ]
+        self._routers = Routers([InferenceServiceStub(channel) for channel in self._channels])
 
     def generate(
         self,
@@ -105,7 +144,14 @@ class Client:
         """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
         name = request_id if request_id is not None else new_request_id()
         request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
-        return Stream(self._stub.Generate(request, timeout=timeout_s), name)
+        return Stream(self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s)
+
+    def attach(self, request_id: str, *, timeout_s: float | None = None) -> Stream:
+        """Reads a running request's answer from its beginning, whoever began it; whoever read it before gets `AbortedError`.
+        `NotFoundError` where no worker holds it.
+        """
+        request = pb.AttachRequest(request_id=request_id)
+        return Stream(self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s)
 
     def complete(
         self,
@@ -125,7 +171,7 @@ class Client:
     def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
         """Ends a running request, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none runs."""
         try:
-            self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
+            self._routers.current.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
 
@@ -133,14 +179,15 @@ class Client:
         """Describes the served model and the workers that serve it now."""
         try:
             return model_info(
-                self._stub.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
+                self._routers.current.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
 
     def close(self) -> None:
         """Cancels what runs. Idempotent."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

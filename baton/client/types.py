@@ -52,6 +52,8 @@ class SamplingOptions:
     """Generate on past the model's end-of-sequence tokens."""
     logprobs: int | None = None
     """Report log-probabilities, with this many alternatives for each token."""
+    n: int = 1
+    """Completions of the same prompt, up to 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,8 @@ class ConnectionOptions:
     """How long a ping may stay unanswered before the connection counts as lost."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest message accepted from the server."""
+    reconnect_s: float = 15.0
+    """How long a request whose router is lost tries to go on, at that router or another; 0 not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,23 @@ class Chunk:
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...]
     """One for each token where they were asked for, else empty."""
+    choice: int = 0
+    """Which of the n completions it belongs to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One of a request's n completions."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """The output, with the token that stopped it where one did."""
+    logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason
+    stop_string: str | None
+    """The stop string that ended it, where one did."""
+    stop_token_id: int | None
+    """The stop or end-of-sequence token that ended it, where one did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,20 +151,13 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """A finished request."""
+class Result(Completion):
+    """A finished request; as a completion, its first one."""
 
     request_id: str
     model: str
-    text: str
-    token_ids: tuple[int, ...]
-    """The output, with the token that stopped it where one did."""
-    logprobs: tuple[PositionLogprobs, ...]
-    finish_reason: FinishReason
-    stop_string: str | None
-    """The stop string that ended it, where one did."""
-    stop_token_id: int | None
-    """The stop or end-of-sequence token that ended it, where one did."""
+    completions: tuple[Completion, ...]
+    """All of them, the first one too."""
     seed: int
     """Repeating the request with this seed repeats its tokens."""
     usage: Usage

@@ -3,6 +3,7 @@ share it.
 """
 
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,7 @@ from baton.client.types import (
     Attempt,
     ChatMessage,
     Chunk,
+    Completion,
     ConnectionOptions,
     ModelInfo,
     Prompt,
@@ -20,7 +22,7 @@ from baton.client.types import (
 )
 from baton.codec import chunk_from_proto, finish_reason_from_proto, worker_info_from_proto
 from baton.errors import FieldViolation, InternalError, InvalidRequestError
-from baton.types import PositionLogprobs
+from baton.types import PositionLogprobs, TokenChunk
 from baton.v1 import common_pb2
 from baton.v1 import inference_pb2 as pb
 
@@ -86,6 +88,7 @@ def _fill_sampling(target: common_pb2.SamplingParams, sampling: SamplingOptions)
         "seed": sampling.seed,
         "ignore_eos": sampling.ignore_eos,
         "logprobs": sampling.logprobs,
+        "n": sampling.n,
     }
     target.SetInParent()
     for name, value in scalars.items():
@@ -108,14 +111,68 @@ def _assign(field: str, act: Callable[[], None]) -> None:
         raise InvalidRequestError(FieldViolation(field, str(error))) from error
 
 
+class _Text:
+    """One completion's output so far."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.characters = 0
+        self.token_ids: list[int] = []
+        self.logprobs: list[PositionLogprobs] = []
+        self.repeated_characters = 0
+        """To come, of those that are here already."""
+
+    def add(self, message: pb.Chunk) -> Chunk | None:
+        """What is new in a chunk, where anything is."""
+        text = message.text[self.repeated_characters :]
+        self.repeated_characters -= len(message.text) - len(text)
+        tokens = self._fresh(chunk_from_proto(message.tokens))
+        self.text.append(text)
+        self.characters += len(text)
+        self.token_ids.extend(tokens.token_ids)
+        self.logprobs.extend(tokens.logprobs)
+        if not (text or tokens.token_ids):
+            return None
+        return Chunk(text, tokens.first_index, tokens.token_ids, tokens.logprobs, message.choice)
+
+    def _fresh(self, tokens: TokenChunk) -> TokenChunk:
+        """Without the tokens that are here already. Raises `InternalError` where they differ, or one is missing."""
+        have = len(self.token_ids)
+        if not tokens.token_ids:
+            return tokens
+        if tokens.first_index > have:
+            raise InternalError(
+                f"got tokens from position {tokens.first_index} on, expected {have}"
+            )
+        known = have - tokens.first_index
+        repeated = tokens.token_ids[:known]
+        if list(repeated) != self.token_ids[tokens.first_index : tokens.end_index]:
+            raise InternalError("the server repeated the answer with other tokens")
+        return TokenChunk(have, tokens.token_ids[known:], tokens.logprobs[known:])
+
+    def completion(self, end: pb.ChoiceEnd) -> Completion:
+        reason = finish_reason_from_proto(end.reason)
+        if reason is None:
+            raise InternalError("the server finished a request without saying why")
+        stop = end.WhichOneof("stop_match")
+        return Completion(
+            text="".join(self.text),
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=reason,
+            stop_string=end.stop_string if stop == "stop_string" else None,
+            stop_token_id=end.stop_token_id if stop == "stop_token_id" else None,
+        )
+
+
 class Collector:
-    """Folds the events of one Generate call into chunks and, at the end, the result. Used by one thread or task at a time."""
+    """Folds the events of a request's calls, one after another, into chunks and, at the end, the result. Used by one thread or task
+    at a time.
+    """
 
     def __init__(self) -> None:
         self._accepted: pb.Accepted | None = None
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[PositionLogprobs] = []
+        self._outputs: defaultdict[int, _Text] = defaultdict(_Text)
         self.result: Result | None = None
 
     @property
@@ -127,9 +184,9 @@ class Collector:
         """The chunk that the event brings, if it brings one."""
         match response.WhichOneof("event"):
             case "accepted":
-                self._accepted = response.accepted
+                self._accepted = self._accepted or response.accepted
             case "chunk":
-                return self._add_chunk(response.chunk)
+                return self._outputs[response.chunk.choice].add(response.chunk)
             case "finished":
                 self.result = self._finish(response.finished)
             case None:
@@ -141,31 +198,40 @@ class Collector:
         if self.result is None:
             raise InternalError("the server ended the call without finishing the request")
 
-    def _add_chunk(self, message: pb.Chunk) -> Chunk:
-        tokens = chunk_from_proto(message.tokens)
-        if tokens.token_ids and tokens.first_index != len(self._token_ids):
-            raise InternalError(
-                f"got tokens from position {tokens.first_index} on, expected {len(self._token_ids)}"
+    def positions(self) -> list[pb.OutputPosition]:
+        """What is here of each completion, for `Attach`."""
+        return [
+            pb.OutputPosition(next_index=len(output.token_ids), text_characters=output.characters)
+            for output in (
+                self._outputs[choice] for choice in range(max(self._outputs, default=-1) + 1)
             )
-        self._text.append(message.text)
-        self._token_ids.extend(tokens.token_ids)
-        self._logprobs.extend(tokens.logprobs)
-        return Chunk(message.text, tokens.first_index, tokens.token_ids, tokens.logprobs)
+        ]
+
+    def expect_all_again(self) -> None:
+        """The next call repeats the answer from its beginning: what is here already is left out."""
+        for output in self._outputs.values():
+            output.repeated_characters = output.characters
+
+    def expect_the_rest(self) -> None:
+        """The next call goes on from `positions`."""
+        for output in self._outputs.values():
+            output.repeated_characters = 0
 
     def _finish(self, message: pb.Finished) -> Result:
-        reason = finish_reason_from_proto(message.reason)
-        if reason is None or self._accepted is None:
-            raise InternalError("the server finished a request without accepting it or saying why")
-        stop = message.WhichOneof("stop_match")
+        if self._accepted is None or not message.choices:
+            raise InternalError("the server finished a request that it had not accepted")
+        completions = tuple(self._outputs[end.choice].completion(end) for end in message.choices)
+        first = completions[0]
         return Result(
             request_id=self._accepted.request_id,
             model=self._accepted.model,
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            finish_reason=reason,
-            stop_string=message.stop_string if stop == "stop_string" else None,
-            stop_token_id=message.stop_token_id if stop == "stop_token_id" else None,
+            text=first.text,
+            token_ids=first.token_ids,
+            logprobs=first.logprobs,
+            finish_reason=first.finish_reason,
+            stop_string=first.stop_string,
+            stop_token_id=first.stop_token_id,
+            completions=completions,
             seed=self._accepted.seed,
             usage=Usage(
                 prompt_tokens=message.usage.prompt_tokens,

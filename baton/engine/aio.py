@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from baton.engine.base import Engine, EngineEvent, EngineInfo, EngineRequest, Failed, Token
+from baton.engine.base import (
+    Engine,
+    EngineEvent,
+    EngineInfo,
+    EngineRequest,
+    Failed,
+    Held,
+    Token,
+)
 from baton.errors import AlreadyExistsError, InternalError
 from baton.kv.spec import SealedKV
 from baton.types import AttemptKey, BlockHash, PrefixDelta, WorkerLoad
@@ -179,6 +187,10 @@ class AsyncEngine:
     async def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         """See `Engine.export_kv`."""
         return await self._call(lambda engine: engine.export_kv(key, first, last))
+
+    async def hold(self, key: AttemptKey) -> Held:
+        """See `Engine.hold`. The request's stream stays open, and has every token before this returns."""
+        return await self._call(lambda engine: engine.hold(key))
 
     async def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         """See `Engine.import_kv`. The buffer must stay valid until this returns or, if cancelled, until the engine has moved on: the

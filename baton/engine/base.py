@@ -8,6 +8,7 @@ Life of a request in an engine, by mode:
     LOCAL    add → … Started → Progress* → Token → … Token(finish)
     PREFILL  add → … Started → Progress* → Token → Exported* → [KV held: export_kv] → release
     DECODE   add → … Reserved → [import_kv] → Token → … Token(finish)
+    hold     Token → [KV held: export_kv] → release      LOCAL, DECODE: another worker goes on
 
 A Token with a finish reason is the last event of its key; the engine has then released LOCAL and DECODE requests by itself,
 and a PREFILL request too, since nothing will follow its first token.
@@ -117,6 +118,15 @@ class Failed:
     error: BatonError
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a request was stopped."""
+
+    end_index: int
+    """Output position after its newest token."""
+    newest_token: int
+
+
 EngineEvent = Reserved | Started | Progress | Exported | Token | Preempted | Failed
 
 
@@ -161,6 +171,12 @@ class Engine(Protocol):
     def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         """Copies the KV of tokens [first, last) out of the pool into a new wire buffer. Precondition: a PREFILL request whose first
         token is out and which has not finished; else raises `PreconditionError`. The blocks stay held.
+        """
+        ...
+
+    def hold(self, key: AttemptKey) -> Held:
+        """Stops a request that generates, after its newest token, and holds its KV for `export_kv`: of every token but that one. Raises
+        `PreconditionError` where it does not generate now, and leaves it as it is.
         """
         ...
 

@@ -20,6 +20,7 @@ from baton.engine.base import (
     EngineRequest,
     Exported,
     Failed,
+    Held,
     Mode,
     Preempted,
     Progress,
@@ -149,6 +150,20 @@ class PagedEngine:
             )
         return self._runner.read_kv(state.table, first, last)
 
+    def hold(self, key: AttemptKey) -> Held:
+        state = self._requests.get(key)
+        generates = (
+            state is not None
+            and state.stage is Stage.RUNNING
+            and len(state.tokens) > state.num_given
+            and state.num_computed == len(state.tokens) - 1
+        )
+        if state is None or not generates:
+            raise PreconditionError(f"attempt {key} does not generate")
+        self._running.remove(state)
+        state.stage = Stage.HELD
+        return Held(len(state.output), state.output[-1])
+
     def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         state = self._reserved(key)
         last = first + kv.data.shape[2]
@@ -270,7 +285,11 @@ class PagedEngine:
         self._settled = False
 
     def _compute(self) -> list[EngineEvent]:
-        batch = [(s, n) for s, n in self._batch if self._requests.get(s.key) is s]
+        batch = [
+            (s, n)
+            for s, n in self._batch
+            if self._requests.get(s.key) is s and s.stage is Stage.RUNNING
+        ]
         self._batch.clear()
         events: list[EngineEvent] = []
         if not batch:

@@ -121,6 +121,8 @@ class RouterSettings(ServerSettings):
     """Attempts in a row that may fail without a new token before the request fails."""
     worker_wait_s: float = 10.0
     """How long a request waits for a worker that can take it."""
+    orphan_grace_s: float = 10.0
+    """How long decode goes on with a request whose router is gone, and keeps an answer that has ended, for `Attach`."""
     write_stall_s: float = 30.0
     """A client that does not read for so long loses its request."""
     local_prefill_tokens: int = 32

@@ -18,12 +18,14 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from baton.errors import (
+    AbortedError,
     AlreadyExistsError,
     BatonError,
     CancelledError,
     CapacityError,
     CorruptKVError,
     DeadlineError,
+    DrainingError,
     FieldViolation,
     InternalError,
     InvalidRequestError,
@@ -34,6 +36,8 @@ from baton.errors import (
 )
 
 DOMAIN = "baton"
+DETAILS_KEY = "grpc-status-details-bin"
+"""The trailer that carries a rich status."""
 MAX_MESSAGE_CHARS = 1000
 """A status travels as HTTP/2 trailers, which peers cap at 8 KiB in all."""
 MAX_VIOLATIONS = 8
@@ -134,6 +138,12 @@ _TABLE = (
         pack=_pack_retry,
     ),
     _Row(
+        DrainingError,
+        grpc.StatusCode.UNAVAILABLE,
+        lambda d: DrainingError(d.message, retry_after_s=d.retry_after_s),
+        pack=_pack_retry,
+    ),
+    _Row(
         PreconditionError,
         grpc.StatusCode.FAILED_PRECONDITION,
         lambda d: PreconditionError(d.message),
@@ -147,6 +157,7 @@ _TABLE = (
         metadata=lambda e: {"stage": e.stage},
     ),
     _Row(CancelledError, grpc.StatusCode.CANCELLED, lambda d: CancelledError(d.message)),
+    _Row(AbortedError, grpc.StatusCode.ABORTED, lambda d: AbortedError(d.message)),
     _Row(
         ModelLoadError,
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -188,6 +199,14 @@ async def abort(context: Aborter, error: BatonError) -> NoReturn:
     """Ends the call with the error's status. Raises, as `context.abort` does."""
     status = rpc_status.to_status(to_status(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def said_by_peer(error: grpc.RpcError) -> bool:
+    """Whether the peer itself raised it; else it stands for what happened to the connection, or to this end of the call."""
+    if not isinstance(error, grpc.aio.AioRpcError | grpc.Call):
+        return False
+    trailers: Any = error.trailing_metadata()
+    return any(key == DETAILS_KEY for key, _ in trailers or ())
 
 
 def error_from_rpc(error: grpc.RpcError) -> BatonError:
@@ -244,7 +263,7 @@ def _error_from_code(code: grpc.StatusCode, message: str) -> BatonError:
 
 _GRPC_CODES: dict[grpc.StatusCode, Callable[[str], BatonError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.ABORTED: UnavailableError,
+    grpc.StatusCode.ABORTED: AbortedError,
     grpc.StatusCode.CANCELLED: CancelledError,
     grpc.StatusCode.DEADLINE_EXCEEDED: lambda _: DeadlineError("rpc"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityError,
@@ -274,7 +293,7 @@ def _status_in(
     metadata: Iterable[tuple[str, str | bytes]],
 ) -> status_pb2.Status | None:
     for key, value in metadata:
-        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+        if key == DETAILS_KEY and isinstance(value, bytes):
             try:
                 return status_pb2.Status.FromString(value)
             except DecodeError:

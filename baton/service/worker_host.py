@@ -23,7 +23,7 @@ import grpc
 
 from baton import __version__
 from baton.engine.aio import AsyncEngine
-from baton.errors import BatonError, UnavailableError
+from baton.errors import BatonError, DrainingError, UnavailableError
 from baton.service.membership import FleetAgent
 from baton.service.metrics import OK, WorkerMetrics, outcome_of
 from baton.service.server import GrpcServer
@@ -129,7 +129,7 @@ class WorkerHost:
         if self._running is None:
             raise UnavailableError("the worker is still loading its model")
         if self._draining:
-            raise UnavailableError("the worker is draining")
+            raise DrainingError("the worker is draining")
         if self.engine.failed:
             raise UnavailableError("the worker's engine has failed")
         self._calls += 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.kv.spec import KVSpec, SealedKV, WireKV
-from baton.types import AttemptKey
+from baton.types import AttemptKey, PositionLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Ready:
     """What prefill chose at output index len(sequence.generated)."""
     done_unix_s: float
     """When, by prefill's wall clock."""
+    logprobs: PositionLogprobs | None = None
+    """Of the first token, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

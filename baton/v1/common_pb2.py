@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/common.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x88\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12;\n\nlogit_bias\x18\n \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x05\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.baton.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\"1\n\nAttemptKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"Y\n\x08Sequence\x12\x0e\n\x06prompt\x18\x01 \x03(\r\x12\x11\n\tgenerated\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\"b\n\nTokenChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\"\x97\x01\n\x06KvSpec\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0fposition_scheme\x18\x05 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\"\xeb\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x18\n\x10transfer_address\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12!\n\x07kv_spec\x18\x06 \x01(\x0b\x32\x10.baton.v1.KvSpec\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x12\n\nnum_blocks\x18\x0b \x01(\r\x12\x0c\n\x04node\x18\x0c \x01(\t\x12\x0b\n\x03pid\x18\r \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x0f\n\x07version\x18\x10 \x01(\t\"\xd3\x01\n\nWorkerLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x17\n\x0freserved_blocks\x18\x06 \x01(\r\x12\x13\n\x0bused_blocks\x18\x07 \x01(\r\x12\x18\n\x10in_flight_blocks\x18\x08 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/common.proto\x12\x08\x62\x61ton.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x93\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12;\n\nlogit_bias\x18\n \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x05\x88\x01\x01\x12\t\n\x01n\x18\x10 \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.baton.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\"1\n\nAttemptKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"i\n\x08Sequence\x12\x0e\n\x06prompt\x18\x01 \x03(\r\x12\x11\n\tgenerated\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"k\n\rRequestRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\t\n\x01n\x18\x04 \x01(\r\x12\x1d\n\x15\x64\x65\x61\x64line_unix_seconds\x18\x05 \x01(\x01\"b\n\nTokenChunk\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.baton.v1.PositionLogprobs\"\x97\x01\n\x06KvSpec\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0fposition_scheme\x18\x05 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\"\xeb\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x18\n\x10transfer_address\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12!\n\x07kv_spec\x18\x06 \x01(\x0b\x32\x10.baton.v1.KvSpec\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x12\n\nnum_blocks\x18\x0b \x01(\r\x12\x0c\n\x04node\x18\x0c \x01(\t\x12\x0b\n\x03pid\x18\r \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x0f\n\x07version\x18\x10 \x01(\t\"\xd3\x01\n\nWorkerLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x17\n\x0freserved_blocks\x18\x06 \x01(\r\x12\x13\n\x0bused_blocks\x18\x07 \x01(\r\x12\x18\n\x10in_flight_blocks\x18\x08 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1707
-  _globals['_FINISHREASON']._serialized_end=1802
-  _globals['_WORKERROLE']._serialized_start=1804
-  _globals['_WORKERROLE']._serialized_end=1894
+  _globals['_FINISHREASON']._serialized_start=1843
+  _globals['_FINISHREASON']._serialized_end=1938
+  _globals['_WORKERROLE']._serialized_start=1940
+  _globals['_WORKERROLE']._serialized_end=2030
   _globals['_TOKENIDS']._serialized_start=35
   _globals['_TOKENIDS']._serialized_end=58
   _globals['_SAMPLINGPARAMS']._serialized_start=61
-  _globals['_SAMPLINGPARAMS']._serialized_end=581
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=447
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=495
-  _globals['_TOKENLOGPROB']._serialized_start=583
-  _globals['_TOKENLOGPROB']._serialized_end=632
-  _globals['_POSITIONLOGPROBS']._serialized_start=634
-  _globals['_POSITIONLOGPROBS']._serialized_end=729
-  _globals['_ATTEMPTKEY']._serialized_start=731
-  _globals['_ATTEMPTKEY']._serialized_end=780
-  _globals['_SEQUENCE']._serialized_start=782
-  _globals['_SEQUENCE']._serialized_end=871
-  _globals['_TOKENCHUNK']._serialized_start=873
-  _globals['_TOKENCHUNK']._serialized_end=971
-  _globals['_KVSPEC']._serialized_start=974
-  _globals['_KVSPEC']._serialized_end=1125
-  _globals['_WORKERINFO']._serialized_start=1128
-  _globals['_WORKERINFO']._serialized_end=1491
-  _globals['_WORKERLOAD']._serialized_start=1494
-  _globals['_WORKERLOAD']._serialized_end=1705
+  _globals['_SAMPLINGPARAMS']._serialized_end=592
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=458
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=506
+  _globals['_TOKENLOGPROB']._serialized_start=594
+  _globals['_TOKENLOGPROB']._serialized_end=643
+  _globals['_POSITIONLOGPROBS']._serialized_start=645
+  _globals['_POSITIONLOGPROBS']._serialized_end=740
+  _globals['_ATTEMPTKEY']._serialized_start=742
+  _globals['_ATTEMPTKEY']._serialized_end=791
+  _globals['_SEQUENCE']._serialized_start=793
+  _globals['_SEQUENCE']._serialized_end=898
+  _globals['_REQUESTRECORD']._serialized_start=900
+  _globals['_REQUESTRECORD']._serialized_end=1007
+  _globals['_TOKENCHUNK']._serialized_start=1009
+  _globals['_TOKENCHUNK']._serialized_end=1107
+  _globals['_KVSPEC']._serialized_start=1110
+  _globals['_KVSPEC']._serialized_end=1261
+  _globals['_WORKERINFO']._serialized_start=1264
+  _globals['_WORKERINFO']._serialized_end=1627
+  _globals['_WORKERLOAD']._serialized_start=1630
+  _globals['_WORKERLOAD']._serialized_end=1841
 # @@protoc_insertion_point(module_scope)

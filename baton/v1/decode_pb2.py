@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"7\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10transfer_address\x18\x02 \x01(\t\"\x8f\x01\n\rDecodeRequest\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12$\n\x08sequence\x18\x02 \x01(\x0b\x32\x12.baton.v1.Sequence\x12\x11\n\tkv_digest\x18\x03 \x01(\t\x12\"\n\x06source\x18\x04 \x01(\x0b\x32\x12.baton.v1.KvSource\"\xa7\x03\n\x0e\x44\x65\x63odeResponse\x12\x35\n\x08reserved\x18\x01 \x01(\x0b\x32!.baton.v1.DecodeResponse.ReservedH\x00\x12:\n\x0bkv_received\x18\x02 \x01(\x0b\x32#.baton.v1.DecodeResponse.KvReceivedH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.baton.v1.TokenChunkH\x00\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32!.baton.v1.DecodeResponse.FinishedH\x00\x1a\x38\n\x08Reserved\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x1a\x37\n\nKvReceived\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fhandoff_seconds\x18\x02 \x01(\x01\x1aG\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x13\n\x0bpreemptions\x18\x02 \x01(\rB\x07\n\x05\x65vent\"\x1d\n\x1b\x44\x65\x63odeServiceGetInfoRequest\"f\n\x1c\x44\x65\x63odeServiceGetInfoResponse\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad2\xa8\x01\n\rDecodeService\x12=\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x12X\n\x07GetInfo\x12%.baton.v1.DecodeServiceGetInfoRequest\x1a&.baton.v1.DecodeServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"Z\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x18\n\x10transfer_address\x18\x02 \x01(\t\x12!\n\x03key\x18\x03 \x01(\x0b\x32\x14.baton.v1.AttemptKey\"\xdf\x01\n\rDecodeRequest\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12$\n\x08sequence\x18\x02 \x01(\x0b\x32\x12.baton.v1.Sequence\x12\x11\n\tkv_digest\x18\x03 \x01(\t\x12\"\n\x06source\x18\x04 \x01(\x0b\x32\x12.baton.v1.KvSource\x12\'\n\x06record\x18\x05 \x01(\x0b\x32\x17.baton.v1.RequestRecord\x12\x15\n\rgrace_seconds\x18\x06 \x01(\x01\x12\x0e\n\x06holder\x18\x07 \x01(\t\"c\n\x1a\x44\x65\x63odeServiceAttachRequest\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12\x12\n\nnext_index\x18\x02 \x01(\r\x12\x0e\n\x06holder\x18\x03 \x01(\t\"1\n\x0b\x46indRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xe9\x01\n\x0c\x46indResponse\x12\x34\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\".baton.v1.FindResponse.HeldAttempt\x1a\xa2\x01\n\x0bHeldAttempt\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12$\n\x08sequence\x18\x02 \x01(\x0b\x32\x12.baton.v1.Sequence\x12\'\n\x06record\x18\x03 \x01(\x0b\x32\x17.baton.v1.RequestRecord\x12\x11\n\tend_index\x18\x04 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x08\"D\n\x0fHandOverRequest\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12\x0e\n\x06holder\x18\x02 \x01(\t\"%\n\x10HandOverResponse\x12\x11\n\tend_index\x18\x01 \x01(\r\"P\n\x1b\x44\x65\x63odeServiceReleaseRequest\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.AttemptKey\x12\x0e\n\x06holder\x18\x02 \x01(\t\"0\n\x1c\x44\x65\x63odeServiceReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"\xa7\x03\n\x0e\x44\x65\x63odeResponse\x12\x35\n\x08reserved\x18\x01 \x01(\x0b\x32!.baton.v1.DecodeResponse.ReservedH\x00\x12:\n\x0bkv_received\x18\x02 \x01(\x0b\x32#.baton.v1.DecodeResponse.KvReceivedH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.baton.v1.TokenChunkH\x00\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32!.baton.v1.DecodeResponse.FinishedH\x00\x1a\x38\n\x08Reserved\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x1a\x37\n\nKvReceived\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fhandoff_seconds\x18\x02 \x01(\x01\x1aG\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x13\n\x0bpreemptions\x18\x02 \x01(\rB\x07\n\x05\x65vent\"\x1d\n\x1b\x44\x65\x63odeServiceGetInfoRequest\"f\n\x1c\x44\x65\x63odeServiceGetInfoResponse\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad2\xc8\x03\n\rDecodeService\x12=\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x12J\n\x06\x41ttach\x12$.baton.v1.DecodeServiceAttachRequest\x1a\x18.baton.v1.DecodeResponse0\x01\x12\x35\n\x04\x46ind\x12\x15.baton.v1.FindRequest\x1a\x16.baton.v1.FindResponse\x12\x41\n\x08HandOver\x12\x19.baton.v1.HandOverRequest\x1a\x1a.baton.v1.HandOverResponse\x12X\n\x07Release\x12%.baton.v1.DecodeServiceReleaseRequest\x1a&.baton.v1.DecodeServiceReleaseResponse\x12X\n\x07GetInfo\x12%.baton.v1.DecodeServiceGetInfoRequest\x1a&.baton.v1.DecodeServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.decode_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_KVSOURCE']._serialized_start=58
-  _globals['_KVSOURCE']._serialized_end=113
-  _globals['_DECODEREQUEST']._serialized_start=116
-  _globals['_DECODEREQUEST']._serialized_end=259
-  _globals['_DECODERESPONSE']._serialized_start=262
-  _globals['_DECODERESPONSE']._serialized_end=685
-  _globals['_DECODERESPONSE_RESERVED']._serialized_start=490
-  _globals['_DECODERESPONSE_RESERVED']._serialized_end=546
-  _globals['_DECODERESPONSE_KVRECEIVED']._serialized_start=548
-  _globals['_DECODERESPONSE_KVRECEIVED']._serialized_end=603
-  _globals['_DECODERESPONSE_FINISHED']._serialized_start=605
-  _globals['_DECODERESPONSE_FINISHED']._serialized_end=676
-  _globals['_DECODESERVICEGETINFOREQUEST']._serialized_start=687
-  _globals['_DECODESERVICEGETINFOREQUEST']._serialized_end=716
-  _globals['_DECODESERVICEGETINFORESPONSE']._serialized_start=718
-  _globals['_DECODESERVICEGETINFORESPONSE']._serialized_end=820
-  _globals['_DECODESERVICE']._serialized_start=823
-  _globals['_DECODESERVICE']._serialized_end=991
+  _globals['_KVSOURCE']._serialized_end=148
+  _globals['_DECODEREQUEST']._serialized_start=151
+  _globals['_DECODEREQUEST']._serialized_end=374
+  _globals['_DECODESERVICEATTACHREQUEST']._serialized_start=376
+  _globals['_DECODESERVICEATTACHREQUEST']._serialized_end=475
+  _globals['_FINDREQUEST']._serialized_start=477
+  _globals['_FINDREQUEST']._serialized_end=526
+  _globals['_FINDRESPONSE']._serialized_start=529
+  _globals['_FINDRESPONSE']._serialized_end=762
+  _globals['_FINDRESPONSE_HELDATTEMPT']._serialized_start=600
+  _globals['_FINDRESPONSE_HELDATTEMPT']._serialized_end=762
+  _globals['_HANDOVERREQUEST']._serialized_start=764
+  _globals['_HANDOVERREQUEST']._serialized_end=832
+  _globals['_HANDOVERRESPONSE']._serialized_start=834
+  _globals['_HANDOVERRESPONSE']._serialized_end=871
+  _globals['_DECODESERVICERELEASEREQUEST']._serialized_start=873
+  _globals['_DECODESERVICERELEASEREQUEST']._serialized_end=953
+  _globals['_DECODESERVICERELEASERESPONSE']._serialized_start=955
+  _globals['_DECODESERVICERELEASERESPONSE']._serialized_end=1003
+  _globals['_DECODERESPONSE']._serialized_start=1006
+  _globals['_DECODERESPONSE']._serialized_end=1429
+  _globals['_DECODERESPONSE_RESERVED']._serialized_start=1234
+  _globals['_DECODERESPONSE_RESERVED']._serialized_end=1290
+  _globals['_DECODERESPONSE_KVRECEIVED']._serialized_start=1292
+  _globals['_DECODERESPONSE_KVRECEIVED']._serialized_end=1347
+  _globals['_DECODERESPONSE_FINISHED']._serialized_start=1349
+  _globals['_DECODERESPONSE_FINISHED']._serialized_end=1420
+  _globals['_DECODESERVICEGETINFOREQUEST']._serialized_start=1431
+  _globals['_DECODESERVICEGETINFOREQUEST']._serialized_end=1460
+  _globals['_DECODESERVICEGETINFORESPONSE']._serialized_start=1462
+  _globals['_DECODESERVICEGETINFORESPONSE']._serialized_end=1564
+  _globals['_DECODESERVICE']._serialized_start=1567
+  _globals['_DECODESERVICE']._serialized_end=2023
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,26 @@ class DecodeServiceStub:
                 request_serializer=baton_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/baton.v1.DecodeService/Attach',
+                request_serializer=baton_dot_v1_dot_decode__pb2.DecodeServiceAttachRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+                _registered_method=True)
+        self.Find = channel.unary_unary(
+                '/baton.v1.DecodeService/Find',
+                request_serializer=baton_dot_v1_dot_decode__pb2.FindRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_decode__pb2.FindResponse.FromString,
+                _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/baton.v1.DecodeService/HandOver',
+                request_serializer=baton_dot_v1_dot_decode__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_decode__pb2.HandOverResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/baton.v1.DecodeService/Release',
+                request_serializer=baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/baton.v1.DecodeService/GetInfo',
                 request_serializer=baton_dot_v1_dot_decode__pb2.DecodeServiceGetInfoRequest.SerializeToString,
@@ -50,8 +70,37 @@ class DecodeServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
-        """Streams Reserved, KvReceived, TokenChunks (one a step), Finished. The call holds the request's blocks: however it ends,
-        they are released.
+        """Streams Reserved, KvReceived, TokenChunks (one a step), Finished. Where the call breaks, the attempt goes on for its grace, so
+        that a router can attach to it; Release, an error, its end or its deadline frees what it holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request, context):
+        """Goes on reading an attempt, in place of whoever read it before: their call ends with ABORTED. NOT_FOUND where it is not here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Find(self, request, context):
+        """The attempts at a client's request that are here, running or ended within their grace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandOver(self, request, context):
+        """Stops an attempt that generates, after the token it is at, and holds its KV for another decode worker to pull, for its grace.
+        FAILED_PRECONDITION where it does not generate (yet, or any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Frees what an attempt holds, and forgets it. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +119,26 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=baton_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=baton_dot_v1_dot_decode__pb2.DecodeServiceAttachRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'Find': grpc.unary_unary_rpc_method_handler(
+                    servicer.Find,
+                    request_deserializer=baton_dot_v1_dot_decode__pb2.FindRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_decode__pb2.FindResponse.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=baton_dot_v1_dot_decode__pb2.HandOverRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_decode__pb2.HandOverResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -104,6 +173,114 @@ class DecodeService:
             '/baton.v1.DecodeService/Decode',
             baton_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             baton_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.DecodeService/Attach',
+            baton_dot_v1_dot_decode__pb2.DecodeServiceAttachRequest.SerializeToString,
+            baton_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Find(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.DecodeService/Find',
+            baton_dot_v1_dot_decode__pb2.FindRequest.SerializeToString,
+            baton_dot_v1_dot_decode__pb2.FindResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.DecodeService/HandOver',
+            baton_dot_v1_dot_decode__pb2.HandOverRequest.SerializeToString,
+            baton_dot_v1_dot_decode__pb2.HandOverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.DecodeService/Release',
+            baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseRequest.SerializeToString,
+            baton_dot_v1_dot_decode__pb2.DecodeServiceReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

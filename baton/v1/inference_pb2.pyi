@@ -60,12 +60,14 @@ class Accepted(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("text", "tokens")
+    __slots__ = ("text", "tokens", "choice")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     text: str
     tokens: _common_pb2.TokenChunk
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[_common_pb2.TokenChunk, _Mapping]] = ...) -> None: ...
+    choice: int
+    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[_common_pb2.TokenChunk, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens")
@@ -120,20 +122,50 @@ class Timings(_message.Message):
     def __init__(self, admitted_at_seconds: _Optional[float] = ..., placed_at_seconds: _Optional[float] = ..., reserved_at_seconds: _Optional[float] = ..., prefill_started_at_seconds: _Optional[float] = ..., first_token_at_seconds: _Optional[float] = ..., kv_received_at_seconds: _Optional[float] = ..., last_token_at_seconds: _Optional[float] = ..., finished_at_seconds: _Optional[float] = ..., prefill_queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., handoff_seconds: _Optional[float] = ..., handoff_bytes: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "stop_string", "stop_token_id", "usage", "timings", "attempts")
+    __slots__ = ("reason", "stop_string", "stop_token_id", "usage", "timings", "attempts", "choices")
     REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_STRING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     reason: _common_pb2.FinishReason
     stop_string: str
     stop_token_id: int
     usage: Usage
     timings: Timings
     attempts: _containers.RepeatedCompositeFieldContainer[AttemptReport]
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[AttemptReport, _Mapping]]] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[ChoiceEnd]
+    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[AttemptReport, _Mapping]]] = ..., choices: _Optional[_Iterable[_Union[ChoiceEnd, _Mapping]]] = ...) -> None: ...
+
+class ChoiceEnd(_message.Message):
+    __slots__ = ("choice", "reason", "stop_string", "stop_token_id")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    reason: _common_pb2.FinishReason
+    stop_string: str
+    stop_token_id: int
+    def __init__(self, choice: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("request_id", "positions")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    positions: _containers.RepeatedCompositeFieldContainer[OutputPosition]
+    def __init__(self, request_id: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[OutputPosition, _Mapping]]] = ...) -> None: ...
+
+class OutputPosition(_message.Message):
+    __slots__ = ("next_index", "text_characters")
+    NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TEXT_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    next_index: int
+    text_characters: int
+    def __init__(self, next_index: _Optional[int] = ..., text_characters: _Optional[int] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)

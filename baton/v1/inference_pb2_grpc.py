@@ -40,6 +40,11 @@ class InferenceServiceStub:
                 request_serializer=baton_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/baton.v1.InferenceService/Attach',
+                request_serializer=baton_dot_v1_dot_inference__pb2.AttachRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/baton.v1.InferenceService/Cancel',
                 request_serializer=baton_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -58,6 +63,15 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Streams one Accepted, then Chunks, then one Finished. Cancelling the call frees the request on every worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request, context):
+        """Goes on reading a running request whose stream was lost, here or at another router of the same fleet: streams one Accepted, the
+        Chunks after the given positions, one Finished. Whoever read it before gets ABORTED. NOT_FOUND where no worker holds it: the
+        same request with the seed that Accepted told gives the same answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +97,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=baton_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=baton_dot_v1_dot_inference__pb2.AttachRequest.FromString,
                     response_serializer=baton_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
@@ -123,6 +142,33 @@ class InferenceService:
             target,
             '/baton.v1.InferenceService/Generate',
             baton_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            baton_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.InferenceService/Attach',
+            baton_dot_v1_dot_inference__pb2.AttachRequest.SerializeToString,
             baton_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

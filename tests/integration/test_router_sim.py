@@ -60,7 +60,9 @@ class House:
         engine = AsyncEngine(lambda: build_sim_engine(SIM), name="decode")
         transport = MemoryTransport(self.sources, ByteCredits(1 << 20))
         worker = DecodeWorker(self.settings, engine, transport)
-        await self._joined((await worker.start()).worker_id, worker)
+        info = await worker.start()
+        self.sources.add(info.transfer_address, worker)
+        await self._joined(info.worker_id, worker)
 
     async def kill(self, worker_id: str) -> None:
         worker = self.workers.pop(WorkerId(worker_id))

@@ -175,10 +175,12 @@ async def test_three_hundred_random_cancellations_strand_no_block() -> None:
 
 
 async def test_a_second_call_of_the_same_attempt_is_refused_and_harms_nothing() -> None:
-    async with worker_pair(prefill_sim=replace(SIM, step_s=0.02)) as rig:
+    async with worker_pair(prefill_sim=replace(SIM, step_s=0.3)) as rig:
         seq = sequence(60)
         first = asyncio.create_task(rig.generate(key("a"), seq))
-        await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            while not rig.prefill.host.num_calls:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
         for call in (rig.decode_call(key("a"), seq), rig.prefill_call(key("a"), seq)):
             assert isinstance(await error_of(call), AlreadyExistsError)
         assert len((await first).tokens) == 8

@@ -114,6 +114,7 @@ def result(text: str) -> Result:
         finish_reason=FinishReason.STOP,
         stop_string=None,
         stop_token_id=None,
+        completions=(),
         seed=1,
         usage=Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=2),
         timings=SPLIT,

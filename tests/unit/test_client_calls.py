@@ -66,7 +66,9 @@ class ScriptedRouter(InferenceServiceServicer):
                     context.abort(grpc.StatusCode.CANCELLED, "by id")
         yield _chunk(" world", 1, 2, 3)
         if request.text != "truncated":
-            yield pb.GenerateResponse(finished=pb.Finished(reason=common_pb2.FINISH_REASON_LENGTH))
+            yield pb.GenerateResponse(
+                finished=pb.Finished(choices=[pb.ChoiceEnd(reason=common_pb2.FINISH_REASON_LENGTH)])
+            )
 
     def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context

@@ -52,6 +52,7 @@ def test_every_option_reaches_its_field() -> None:
         stop_token_ids=[9],
         ignore_eos=True,
         logprobs=4,
+        n=3,
     )
     assert request_for("hi", options).sampling == common_pb2.SamplingParams(
         max_tokens=1,
@@ -69,6 +70,7 @@ def test_every_option_reaches_its_field() -> None:
         stop_token_ids=[9],
         ignore_eos=True,
         logprobs=4,
+        n=3,
     )
 
 
@@ -115,8 +117,9 @@ def test_the_result_joins_the_chunks() -> None:
     collector.add(
         pb.GenerateResponse(
             finished=pb.Finished(
-                reason=common_pb2.FINISH_REASON_STOP,
-                stop_string="d",
+                choices=[
+                    pb.ChoiceEnd(reason=common_pb2.FINISH_REASON_STOP, stop_string="d"),
+                ],
                 usage=pb.Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=3),
                 timings=pb.Timings(first_token_at_seconds=0.5, handoff_bytes=7),
                 attempts=[pb.AttemptReport(prefill_worker="p", decode_worker="d")],

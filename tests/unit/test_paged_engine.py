@@ -194,6 +194,45 @@ def test_a_new_attempt_continues_where_the_last_one_stopped() -> None:
         assert tokens_of(events) == whole[sent:]
 
 
+@pytest.mark.parametrize("block_size", [4, 16, 64])
+def test_a_request_that_is_stopped_goes_on_elsewhere_from_its_kv(block_size: int) -> None:
+    prompt = prompt_of(50)
+    params = replace(GREEDY, temperature=1.0, seed=7)
+    whole = reference(prompt, params)
+    for steps in range(3, len(whole) + 1):
+        here = build_sim_engine(BIG)
+        there = build_sim_engine(replace(BIG, block_size_tokens=block_size))
+        here.add(request(prompt, params=params))
+        said = [e.token_id for _ in range(steps) for e in here.step() if isinstance(e, Token)]
+        held = here.hold(key())
+        assert (held.end_index, held.newest_token) == (len(said), said[-1])
+        assert not here.has_work()
+        moved = request(prompt, generated=tuple(said[:-1]), params=params, mode=Mode.DECODE)
+        there.add(moved)
+        length = len(moved.sequence)
+        there.step()
+        there.import_kv(key(), 0, here.export_kv(key(), 0, length))
+        there.start_decode(key(), held.newest_token)
+        assert here.release(key())
+        here.check_integrity()
+        assert said + tokens_of(run(there)) == whole
+
+
+def test_only_a_request_that_generates_can_be_stopped() -> None:
+    engine = build_sim_engine(replace(BIG, max_batch_tokens=16))
+    with pytest.raises(PreconditionError):
+        engine.hold(key())
+    engine.add(request(prompt_of(50)))
+    while not any(isinstance(event, Token) for event in engine.step()):
+        with pytest.raises(PreconditionError):
+            engine.hold(key())
+    engine.hold(key())
+    with pytest.raises(PreconditionError):
+        engine.hold(key())
+    engine.release(key())
+    engine.check_integrity()
+
+
 def test_without_a_kv_cache_the_tokens_are_the_same() -> None:
     engine = PagedEngine(SimRunner(BIG), max_batch_tokens=8, max_running=8, kv_cache=False)
     prompt = prompt_of(40)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.types import FinishReason, PositionLogprobs, SamplingParams, TokenChunk, TokenLogprob
-from router.output import MAX_PIECE_TOKENS, Output, Piece
+from router.output import MAX_PIECE_TOKENS, Output, Outputs, Piece
 from router.text import OutputText, Tokenizer
 
 BYTES = Tokenizer.of_bytes()
@@ -19,8 +19,8 @@ def output(max_tokens: int = 1000, *, stop: tuple[str, ...] = (), eos: int = 0) 
 
 
 async def drain(buffer: Output) -> list[Piece]:
-    pieces = []
-    while (piece := await buffer.take()) is not None:
+    pieces, outputs = [], Outputs([buffer])
+    while (piece := await outputs.take()) is not None:
         pieces.append(piece)
     return pieces
 
@@ -35,7 +35,7 @@ def test_tokens_come_out_once_and_in_order_however_they_went_in(
             buffer.put(TokenChunk(index, tuple(97 + (index + i) % 26 for i in range(length))))
             index += length
             if take:
-                taken = await buffer.take()
+                taken = buffer.take()
                 assert taken is not None
                 pieces.append(taken)
         buffer.finish()
@@ -86,11 +86,11 @@ async def test_an_end_token_ends_the_output_but_the_worker_is_let_to_say_so() ->
 async def test_a_character_is_not_given_out_in_parts(first: bytes) -> None:
     buffer = output()
     buffer.put(TokenChunk(0, tuple(first)))
-    piece = await buffer.take()
+    piece = buffer.take()
     assert piece is not None
     assert piece.text == ""
     buffer.put(TokenChunk(len(first), tuple("€".encode()[len(first) :])))
-    piece = await buffer.take()
+    piece = buffer.take()
     assert piece is not None
     assert piece.text == "€"
 

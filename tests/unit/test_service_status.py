@@ -6,12 +6,14 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from baton import errors
 from baton.errors import (
+    AbortedError,
     AlreadyExistsError,
     BatonError,
     CancelledError,
     CapacityError,
     CorruptKVError,
     DeadlineError,
+    DrainingError,
     FieldViolation,
     InternalError,
     InvalidRequestError,
@@ -28,6 +30,8 @@ EXAMPLES: tuple[BatonError, ...] = (
     InvalidRequestError(FieldViolation("prompt", "empty"), FieldViolation("model", "empty")),
     NotFoundError("model", "tales-9b"),
     AlreadyExistsError("request r1 runs"),
+    DrainingError("about to stop", retry_after_s=0.5),
+    AbortedError("another router reads it"),
     CapacityError("queue is full", retry_after_s=0.25),
     UnavailableError("draining", retry_after_s=2.5),
     PreconditionError("other KV digest"),

@@ -1,0 +1,148 @@
+"""What a client does when a request's stream breaks: decisions only; the sync and the async client carry them out.
+
+    the router accepted it      attach, at the next router: workers still generate, or remember
+    no worker holds it          ask for the whole again, with the same seed: the answer is the same, and what is here is left out
+    it was never accepted       ask again
+
+Only a lost or a draining router is tried again; what a router itself says of a request stands. Used by one thread or task at a
+time.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import grpc
+
+from baton.client.wire import Collector
+from baton.errors import (
+    AlreadyExistsError,
+    BatonError,
+    DrainingError,
+    NotFoundError,
+    UnavailableError,
+)
+from baton.service.status import error_from_rpc, said_by_peer
+from baton.v1 import inference_pb2 as pb
+
+FIRST_PAUSE_S = 0.05
+MAX_PAUSE_S = 1.0
+UNACCEPTED_S = 3.0
+"""A request that no router has accepted yet is tried for so long at most: there may be none."""
+
+_LOST = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
+"""How gRPC itself puts it that the connection, or the process at its other end, is gone."""
+
+
+StubT = TypeVar("StubT")
+
+
+class Routers(Generic[StubT]):
+    """The routers of one fleet, and the one in use."""
+
+    def __init__(self, stubs: Sequence[StubT]) -> None:
+        self._stubs = deque(stubs)
+
+    @property
+    def current(self) -> StubT:
+        return self._stubs[0]
+
+    def move_on(self, lost: StubT) -> None:
+        """That one is lost; no effect where it is no longer in use."""
+        if self._stubs[0] is lost:
+            self._stubs.rotate(-1)
+
+
+def split_targets(address: str) -> list[str]:
+    """The targets in a list of addresses; a target with a scheme stands alone, as it may have commas of its own."""
+    if "://" in address or address.startswith(("ipv4:", "ipv6:", "dns:", "unix:")):
+        return [address]
+    targets = [target for part in address.split(",") if (target := part.strip())]
+    return targets or [address]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The next call."""
+
+    message: pb.GenerateRequest | pb.AttachRequest
+    pause_s: float
+    """Before it."""
+    elsewhere: bool
+    """At the next router, where there are several."""
+
+
+class Recovery:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        request: pb.GenerateRequest | pb.AttachRequest,
+        collector: Collector,
+        reconnect_s: float,
+    ) -> None:
+        self._request = request
+        self._collector = collector
+        self._reconnect_s = reconnect_s
+        self._lost_s: float | None = None
+        """When the first call since then broke; on the caller's monotonic clock."""
+        self._pause_s = 0.0
+        self._again = False
+        """Attach found nothing."""
+
+    def progress(self) -> None:
+        """Something came."""
+        self._lost_s, self._pause_s, self._again = None, 0.0, False
+
+    def after(self, error: grpc.RpcError, now_s: float) -> Retry | None:
+        """What to do once a call broke; None where the error stands."""
+        typed = error_from_rpc(error)
+        lost = self._is_loss(error, typed)
+        if not lost and not self._is_answer_to_retry(typed):
+            return None
+        self._lost_s = now_s if self._lost_s is None else self._lost_s
+        patience_s = self._reconnect_s
+        if self._collector.seed is None:
+            patience_s = min(patience_s, UNACCEPTED_S)
+        if now_s - self._lost_s >= patience_s:
+            return None
+        pause_s = self._pause_s
+        self._pause_s = min(MAX_PAUSE_S, max(FIRST_PAUSE_S, 2 * pause_s))
+        self._again = isinstance(typed, NotFoundError)
+        message = self._message()
+        return None if message is None else Retry(message, pause_s, elsewhere=lost)
+
+    def _is_loss(self, error: grpc.RpcError, typed: BatonError) -> bool:
+        if said_by_peer(error):
+            # A router that stops ends its requests so.
+            accepted = self._collector.seed is not None
+            return isinstance(typed, DrainingError) or (
+                accepted and isinstance(typed, UnavailableError)
+            )
+        return isinstance(error, grpc.Call | grpc.aio.AioRpcError) and error.code() in _LOST
+
+    def _is_answer_to_retry(self, typed: BatonError) -> bool:
+        """Attach found nothing; or the request that is asked for again has not quite ended there."""
+        return self._lost_s is not None and isinstance(typed, AlreadyExistsError | NotFoundError)
+
+    def _message(self) -> pb.GenerateRequest | pb.AttachRequest | None:
+        seed = self._collector.seed
+        if seed is None:
+            return self._request
+        if not self._again:
+            self._collector.expect_the_rest()
+            return pb.AttachRequest(
+                request_id=self._request.request_id, positions=self._collector.positions()
+            )
+        if isinstance(self._request, pb.AttachRequest):
+            return None  # what was asked for, only whoever began it knows
+        self._collector.expect_all_again()
+        repeat = pb.GenerateRequest()
+        repeat.CopyFrom(self._request)
+        repeat.sampling.seed = seed
+        return repeat

@@ -1,0 +1,118 @@
+"""Routers as processes of their own, and the simulated workers of this process that join them."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import MappingProxyType
+from typing import Self
+
+from baton.engine.aio import AsyncEngine
+from baton.engine.sim import SimConfig, build_sim_engine
+from baton.service.settings import WorkerSettings
+from baton.transfer.credits import ByteCredits
+from baton.transfer.memory import MemorySources, MemoryTransport
+from decode_worker.worker import DecodeWorker
+from prefill_worker.worker import PrefillWorker
+
+SIM = SimConfig(num_blocks=512, max_batch_tokens=256, step_s=0.01)
+
+
+class RouterProcess:
+    """`python -m router` on a port that stays the same when it is started again."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """`environ` is added to this process's."""
+        self._environ = environ
+        self.port = 0
+
+    def start(self) -> Self:
+        """Returns once it serves."""
+        listen = ["--listen", f"127.0.0.1:{self.port}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "router", *listen],
+            env={**os.environ, **self._environ},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        found = None
+        while found is None:
+            line = self._process.stderr.readline()
+            assert line, "the router ended before it served"
+            found = re.search(r"serving on port (\d+)", line)
+        self.port = int(found[1])
+        return self
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        """Kills it, if it runs. Idempotent."""
+        self._process.kill()
+        self._process.wait(10)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+
+class Workers:
+    """Prefill and decode workers in this process."""
+
+    def __init__(self, settings: WorkerSettings, sim: SimConfig) -> None:
+        self._sim = sim
+        sources = MemorySources()
+        self.prefill = PrefillWorker(settings, self._engine("prefill"))
+        transport = MemoryTransport(sources, ByteCredits(1 << 24))
+        self.decode = DecodeWorker(settings, self._engine("decode"), transport)
+        self._sources = sources
+
+    async def start(self) -> None:
+        info = await self.prefill.start()
+        self._sources.add(info.transfer_address, self.prefill)
+        info = await self.decode.start()
+        self._sources.add(info.transfer_address, self.decode)
+
+    async def stop(self) -> None:
+        await self.decode.stop()
+        await self.prefill.stop()
+
+    async def at_rest(self, timeout_s: float) -> None:
+        """Returns once no worker holds anything for a request."""
+        async with asyncio.timeout(timeout_s):
+            for worker in (self.prefill, self.decode):
+                while True:
+                    load = await worker.host.engine.refresh_load()
+                    held = load.used_blocks + load.reserved_blocks + load.in_flight_blocks
+                    if not held and not load.running_requests + load.waiting_requests:
+                        break
+                    await asyncio.sleep(0.01)
+                await worker.host.engine.check_integrity()
+
+    def _engine(self, name: str) -> AsyncEngine:
+        sim = self._sim
+        return AsyncEngine(lambda: build_sim_engine(sim), name=name)
+
+
+@asynccontextmanager
+async def fleet(
+    *, routers: int = 2, sim: SimConfig = SIM, environ: Mapping[str, str] = MappingProxyType({})
+) -> AsyncIterator[tuple[list[RouterProcess], Workers]]:
+    """Everything up, and every router with its workers."""
+    async with AsyncExitStack() as stack:
+        processes = [RouterProcess(environ) for _ in range(routers)]
+        for process in processes:
+            stack.callback(process.end)
+            await asyncio.to_thread(process.start)
+        addresses = tuple(process.address for process in processes)
+        workers = Workers(WorkerSettings(routers=addresses, reflection=False), sim)
+        await workers.start()
+        stack.push_async_callback(workers.stop)
+        yield processes, workers
