@@ -19,7 +19,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench protos fmt install check lint types layers spelling protos-check pytest clean
+.PHONY: help demo serve test presubmit bench protos fmt install check lint types layers spelling protos-check pytest redis-server clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,9 +82,14 @@ protos-check: $(VENV)/.dev
 	diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/baton/v1" baton/v1 \
 		|| { echo "baton/v1 differs from protos/: run 'make protos'"; exit 1; }
 
-pytest: $(VENV)/.dev
+pytest: $(VENV)/.dev redis-server
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Tests start a Redis of their own. Where it can be neither found nor installed, they say what to do.
+redis-server:
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "== installing redis-server" && { apt-get update && apt-get install -y --no-install-recommends redis-server; } >/dev/null; } || true
 
 # $(1): where to put baton/v1. A file without services has no use for its empty gRPC module.
 define generate

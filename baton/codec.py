@@ -24,6 +24,7 @@ from baton.types import (
     Sequence,
     TokenChunk,
     TokenLogprob,
+    TurnRecord,
     WorkerId,
     WorkerInfo,
     WorkerLoad,
@@ -130,7 +131,9 @@ def sequence_from_proto(message: pb.Sequence) -> Sequence:
 
 
 def record_to_proto(record: RequestRecord) -> pb.RequestRecord:
+    turn = record.turn
     return pb.RequestRecord(
+        turn=None if turn is None else _turn_to_proto(turn),
         request_id=record.request_id,
         tenant=record.tenant,
         stop=record.stop,
@@ -146,7 +149,21 @@ def record_from_proto(message: pb.RequestRecord) -> RequestRecord:
         stop=tuple(message.stop),
         n=max(1, message.n),
         deadline_unix_s=message.deadline_unix_seconds,
+        turn=_turn_from_proto(message.turn) if message.HasField("turn") else None,
     )
+
+
+def _turn_to_proto(turn: TurnRecord) -> pb.TurnRecord:
+    return pb.TurnRecord(
+        session_id=turn.session_id,
+        lease_id=turn.lease_id,
+        said=[pb.TurnRecord.Said(role=role, content=content) for role, content in turn.said],
+    )
+
+
+def _turn_from_proto(message: pb.TurnRecord) -> TurnRecord:
+    said = tuple((each.role, each.content) for each in message.said)
+    return TurnRecord(message.session_id, message.lease_id, said)
 
 
 def finish_reason_to_proto(reason: FinishReason) -> pb.FinishReason:

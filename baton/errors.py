@@ -2,7 +2,7 @@
 
 BatonError
 ├── InvalidRequestError      the request can never succeed as written (names the field)
-├── NotFoundError            unknown model or request
+├── NotFoundError            unknown model, request or session
 ├── AlreadyExistsError       a request of that id runs
 ├── CapacityError            no room now: queue, KV pool or object store (carries when to try again)
 ├── UnavailableError         no healthy worker, or the peer died (retry elsewhere)
@@ -12,6 +12,8 @@ BatonError
 ├── DeadlineError            the caller's deadline passed (names the stage)
 ├── CancelledError           the request was cancelled by id
 ├── AbortedError             somebody else goes on with it
+├── SessionBusyError         another turn of the session runs
+├── SessionLostError         the session was closed, or taken over, while its turn ran
 ├── ModelLoadError           the checkpoint is unusable (names the file)
 └── InternalError            a bug, or an engine that failed
 """
@@ -50,7 +52,7 @@ class InvalidRequestError(BatonError):
 
 
 class NotFoundError(BatonError):
-    """No model or request of that name."""
+    """No model, request or session of that name."""
 
     reason = "NOT_FOUND"
 
@@ -124,6 +126,22 @@ class AbortedError(BatonError):
     """Somebody else has what this call was about, and goes on with it."""
 
     reason = "ABORTED"
+
+
+class SessionBusyError(BatonError):
+    """Another turn of the session runs."""
+
+    reason = "SESSION_BUSY"
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"another turn of session {session_id!r} runs")
+        self.session_id = session_id
+
+
+class SessionLostError(BatonError):
+    """The session was closed, or another turn took it over, while this turn ran: the turn is no part of it."""
+
+    reason = "SESSION_LOST"
 
 
 class ModelLoadError(BatonError):

@@ -107,6 +107,17 @@ class Sequence:
         return len(self.prompt) + len(self.generated)
 
 
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """The session's turn that a request is."""
+
+    session_id: str
+    lease_id: str
+    """The right to end the turn."""
+    said: tuple[tuple[str, str], ...]
+    """Roles and contents of what the client says in it; empty where it is no chat."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
     """What a router must know of a request, beside its sequences, to go on where another router broke off."""
@@ -118,6 +129,7 @@ class RequestRecord:
     n: int = 1
     deadline_unix_s: float
     """After it, nobody waits for the request any more."""
+    turn: TurnRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from baton.v1 import inference_pb2 as pb
 from router.answer import Answer
 from router.outcome import AttemptStats
 from router.output import Output
+from router.sessions.turn import Turn
 from router.validation import ValidRequest
 
 
@@ -30,6 +31,8 @@ class Account:
     """What the request waits for until it is generating."""
     request: ValidRequest | None = None
     answer: Answer | None = None
+    turn: Turn | None = None
+    """Set where the request is a session's turn."""
 
     @property
     def waits_for(self) -> str:
@@ -114,6 +117,9 @@ class Account:
                 for report in generation.reports
             ],
         )
+        if self.turn is not None:
+            message.session.session_id = self.turn.key.session_id
+            message.session.turn = self.turn.number
         match ends[0].WhichOneof("stop_match"):
             case "stop_string":
                 message.stop_string = ends[0].stop_string

@@ -25,7 +25,7 @@ from baton.types import PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
 from baton.v1 import fleet_pb2, fleet_pb2_grpc
 from router.members import Member, Pair
 from router.model import ServedModel
-from router.placement import NoWorker, Placement, PlaceRequest, Policy
+from router.placement import NoWorker, Placement, PlaceRequest, Policy, Resident
 from router.registry import Claim, Registry
 
 _log = logging.getLogger(__name__)
@@ -103,11 +103,18 @@ class Fleet:
         self._tell()
 
     def place(
-        self, tokens: Sequence[int], *, avoid: frozenset[WorkerId], digest: str | None
+        self,
+        tokens: Sequence[int],
+        *,
+        avoid: frozenset[WorkerId],
+        digest: str | None,
+        resident: Resident | None = None,
     ) -> Placement | NoWorker:
         """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments."""
         hashes = {size: block_hashes(tokens, size) for size in self.registry.block_sizes()}
         view = self.registry.view(hashes, time.monotonic())
+        if resident is not None:
+            view = view.knowing(resident)
         self._turn += 1
         request = PlaceRequest(num_tokens=len(tokens), turn=self._turn, avoid=avoid, digest=digest)
         return self._policy.place(view, request)

@@ -102,6 +102,7 @@ class Generation:
                 tenant=request.tenant,
                 stop=request.sampling.stop,
                 n=request.sampling.n,
+                turn=request.turn,
                 deadline_unix_s=time.time() + remaining_s,
             ),
             grace_s=settings.orphan_grace_s,
@@ -164,7 +165,13 @@ class Generation:
         tokens = self._request.prompt + tuple(self._output.generated)
         end_s = time.monotonic() + self._settings.worker_wait_s
         while True:
-            placed = self._fleet.place(tokens, avoid=frozenset(self._avoid), digest=self._digest)
+            placed = self._fleet.place(
+                tokens,
+                avoid=frozenset(self._avoid),
+                digest=self._digest,
+                # Once an attempt has failed, only what workers say counts.
+                resident=None if self.reports else self._request.resident,
+            )
             if not isinstance(placed, NoWorker):
                 return placed
             if not await self._fleet.wait_for_change(end_s - time.monotonic()):

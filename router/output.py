@@ -47,6 +47,7 @@ class Output:
         self._known_tokens = known_tokens
         self._known_characters = known_characters
         self._pieces: list[Piece] = []
+        self._said: list[str] = []
         self._closed = False
         self._on_change: Callable[[], None] = lambda: None
         self.generated: list[int] = []
@@ -62,6 +63,11 @@ class Output:
         if self.stop is not None or self.stop_token_id is not None:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.generated) >= self._max_tokens else None
+
+    @property
+    def said(self) -> str:
+        """All of its text so far."""
+        return "".join(self._said)
 
     def put(self, chunk: TokenChunk) -> bool:
         """Takes the next tokens. True where no more are wanted: a stop string was met, which workers cannot see, or a worker went on
@@ -112,6 +118,7 @@ class Output:
         return piece
 
     def _add(self, text: str, tokens: TokenChunk | None) -> None:
+        self._said.append(text)
         fresh = text[self._known_characters :]
         self._known_characters -= len(text) - len(fresh)
         if tokens is not None and tokens.first_index < self._known_tokens:

@@ -9,7 +9,7 @@ where no sound prefill worker is there. Between the pairs that remain, the polic
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from baton.types import Role, WorkerId, WorkerInfo
@@ -38,11 +38,23 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """Where the KV of a sequence's beginning was left a moment ago, which the worker has yet to report."""
+
+    worker_id: WorkerId
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class FleetView:
     """All members, as one request sees them."""
 
     prefill: tuple[WorkerView, ...]
     decode: tuple[WorkerView, ...]
+
+    def knowing(self, resident: Resident) -> "FleetView":
+        """The view in which that decode worker holds that KV, as far as it fills blocks."""
+        return replace(self, decode=tuple(_knowing(worker, resident) for worker in self.decode))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +170,15 @@ class RoundRobin:
             for pair in _rotated(pairs, request.turn)
             if pair.decode.info.worker_id == decode_id
         )
+
+
+def _knowing(worker: WorkerView, resident: Resident) -> WorkerView:
+    if worker.info.worker_id != resident.worker_id:
+        return worker
+    size = worker.info.block_size_tokens
+    return replace(
+        worker, cached_tokens=max(worker.cached_tokens, resident.num_tokens // size * size)
+    )
 
 
 class _PrefillCost(Protocol):

@@ -7,9 +7,18 @@ cancelled, which frees the workers. Errors become statuses in `baton.service.int
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 
 from baton import codec
-from baton.errors import NotFoundError, UnavailableError
+from baton.errors import (
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
 from baton.lifecycle import Event, Timeline
 from baton.service.calls import Context, time_left_s
 from baton.service.metrics import RouterMetrics
@@ -19,13 +28,17 @@ from baton.v1 import inference_pb2_grpc
 from router.account import Account
 from router.answer import NOTHING, Answer, Resumption
 from router.attach import HeldAttempt, find_held
+from router.chat import ChatTurn
 from router.client_stream import ClientStream
 from router.fleet import Fleet
 from router.model import ServedModel
 from router.output import Piece
 from router.requests import RequestTable
 from router.resume import resume
-from router.validation import ModelFacts, ValidRequest, parse_generate
+from router.sessions.manager import SessionManager
+from router.sessions.tenant import tenant_of
+from router.sessions.turn import Turn, TurnResult
+from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
 
 INLINE_BYTES = 8192
 """Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
@@ -39,6 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         model: ServedModel,
         fleet: Fleet,
         table: RequestTable,
+        sessions: SessionManager,
         *,
         settings: RouterSettings,
         metrics: RouterMetrics,
@@ -46,6 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._model = model
         self._fleet = fleet
         self._table = table
+        self._sessions = sessions
         self._settings = settings
         self._metrics = metrics
         self._since_s = time.monotonic()
@@ -56,9 +71,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
         account = Account(Timeline(received_s=now_s))
         stream = ClientStream(context, self._settings.write_stall_s)
-        async with account.counted(self._metrics), account.bounded(deadline_s):
+        session = self._sessions.turn(
+            tenant_of(context), request.session_id, model=self._model.name
+        )
+        async with (
+            account.counted(self._metrics),
+            session as account.turn,
+            account.bounded(deadline_s),
+        ):
             facts = await self._facts()
-            valid = account.request = await self._parse(request, facts)
+            valid = account.request = await self._parse(request, facts, account.turn)
             account.stage = "admission"
             async with self._table.enter(valid.request_id):
                 await self._answer(facts, account, stream, deadline_s)
@@ -76,7 +98,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             account.request = valid
             deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
             self._table.replace(valid.request_id)
-            async with account.bounded(deadline_s), self._table.enter(valid.request_id):
+            async with (
+                self._session_of(valid) as account.turn,
+                account.bounded(deadline_s),
+                self._table.enter(valid.request_id),
+            ):
                 await self._answer(facts, account, stream, deadline_s, resumption)
 
     async def Cancel(  # noqa: N802
@@ -116,10 +142,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 raise UnavailableError("no worker has joined")
         return facts
 
-    async def _parse(self, request: pb.GenerateRequest, facts: ModelFacts) -> ValidRequest:
-        if request.ByteSize() <= INLINE_BYTES:
-            return parse_generate(request, facts, self._model.tokenizer)
-        return await asyncio.to_thread(parse_generate, request, facts, self._model.tokenizer)
+    async def _parse(
+        self, request: pb.GenerateRequest, facts: ModelFacts, turn: Turn | None
+    ) -> ValidRequest:
+        history = NO_HISTORY if turn is None else turn.history
+        parse = partial(parse_generate, request, facts, self._model.tokenizer, history)
+        # A conversation may have to be tokenized anew.
+        inline = request.ByteSize() + 4 * len(history.tokens) <= INLINE_BYTES
+        valid = parse() if inline else await asyncio.to_thread(parse)
+        if turn is None:
+            return valid
+        if valid.sampling.n > 1:
+            problem = "must be 1 in a session, which goes on with one answer"
+            raise InvalidRequestError(FieldViolation("sampling.n", problem))
+        turn.messages = chat_turns(request.chat)
+        unreported_s = 2 * self._settings.heartbeat_s
+        resident = turn.resident(valid.prompt, unreported_s)
+        return replace(valid, resident=resident, turn=turn.record())
+
+    @asynccontextmanager
+    async def _session_of(self, valid: ValidRequest) -> AsyncIterator[Turn | None]:
+        """Goes on with the session's turn that a request is which another router began."""
+        record = valid.turn
+        if record is None:
+            yield None
+            return
+        async with self._sessions.turn(
+            valid.tenant, record.session_id, model=self._model.name, lease_id=record.lease_id
+        ) as turn:
+            assert turn is not None
+            turn.messages = [ChatTurn(role, content) for role, content in record.said]
+            yield turn
 
     async def _find(self, request_id: str) -> dict[int, HeldAttempt]:
         """What workers hold of a request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
@@ -159,7 +212,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 await stream.write(_chunk(piece))
                 self._wrote(piece, account.timeline)
         account.timeline.record(Event.FINISHED, time.monotonic())
+        if account.turn is not None:
+            # Before the client is told: it may begin its next turn at once.
+            await account.turn.finish(self._turn_result(facts, account))
         await stream.write(account.finished())
+
+    def _turn_result(self, facts: ModelFacts, account: Account) -> TurnResult:
+        """Precondition: the output is complete."""
+        answer, valid = account.answer, account.request
+        assert answer is not None
+        assert valid is not None
+        output, report = answer.outputs[0], answer.generations[0].reports[-1]
+        end = output.stop_token_id
+        special = end is not None and self._model.tokenizer.special_text(end)
+        return TurnResult(
+            model=facts.model,
+            prompt=valid.prompt,
+            output=output.generated,
+            answer=output.said,
+            exact=output.stop is None and (end is None or bool(special)),
+            cached_tokens=account.cached_tokens,
+            prefill_worker=report.prefill_worker,
+            decode_worker=report.decode_worker,
+        )
 
     def _wrote(self, piece: Piece, timeline: Timeline) -> None:
         if piece.tokens is None:

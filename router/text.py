@@ -84,20 +84,34 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's tokens, with the special tokens that the tokenizer puts around a text."""
-        return self._encode(text, "prompt.text", add_special_tokens=True)
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """A prompt's tokens, with the special tokens that the tokenizer puts around a text; without them where the text goes on after
+        another.
+        """
+        return self._encode(text, "prompt.text", add_special_tokens=begins)
 
-    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
-        """The tokens of a conversation; its template writes every special token itself."""
+    def render_chat(self, turns: Sequence[ChatTurn]) -> str:
+        """A conversation as its template writes it, every special token included."""
         if self._template is None:
             violation = FieldViolation("prompt.chat", "the model has no chat template")
             raise InvalidRequestError(violation)
-        return self._encode(self._template.render(turns), "prompt.chat", add_special_tokens=False)
+        return self._template.render(turns)
+
+    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
+        """The tokens of a conversation."""
+        return self.encode_rendered(self.render_chat(turns))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The tokens of a rendered conversation, or of its end."""
+        return self._encode(text, "prompt.chat", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones and unknown ones left out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def special_text(self, token_id: int) -> str:
+        """How a template writes a special token; empty for any other."""
+        return (self._backend.id_to_token(token_id) or "") if token_id in self._special else ""
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token can be part of a text: it is in the tokenizer's vocabulary and not special."""

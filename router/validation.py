@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from baton.errors import FieldViolation, InvalidRequestError, NotFoundError
-from baton.types import RequestId, SamplingParams
+from baton.types import RequestId, SamplingParams, TurnRecord
 from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTurn
+from router.placement import Resident
+from router.sessions.prompt import chat_prompt
+from router.sessions.record import History
 from router.text import Tokenizer
 
 MAX_STOPS = 16
@@ -23,6 +26,8 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
+
+NO_HISTORY = History()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ROLES = ("system", "user", "assistant")
@@ -46,22 +51,32 @@ class ValidRequest:
     request_id: RequestId
     """The client's, or a new one."""
     prompt: tuple[int, ...]
-    """At least one token; at least one more fits the context."""
+    """At least one token; at least one more fits the context. Of a session's turn, with the session's history."""
     sampling: SamplingParams
     """Resolved. max_tokens never passes the end of the context: a larger one is cut to it, and the output then ends with LENGTH."""
     tenant: str = ""
     """Whose request it is; empty where callers are not told apart."""
+    resident: Resident | None = None
+    """Of a session's turn that follows closely on another."""
+    turn: TurnRecord | None = None
+    """Set where it is a session's turn."""
 
 
 def parse_generate(
-    request: inference_pb2.GenerateRequest, model: ModelFacts, tokenizer: Tokenizer
+    request: inference_pb2.GenerateRequest,
+    model: ModelFacts,
+    tokenizer: Tokenizer,
+    history: History = NO_HISTORY,
 ) -> ValidRequest:
-    """Raises `NotFoundError` for another model, else `InvalidRequestError` with everything that is wrong."""
+    """`history` is what the prompt follows, where the request is a session's turn.
+
+    Raises `NotFoundError` for another model, else `InvalidRequestError` with everything that is wrong.
+    """
     if request.model and request.model != model.model:
         raise NotFoundError("model", request.model)
     prompt: tuple[int, ...] = ()
     try:
-        prompt = _parse_prompt(request, model, tokenizer)
+        prompt = _parse_prompt(request, model, tokenizer, history)
         violations = []
     except InvalidRequestError as error:
         violations = [*error.violations]
@@ -79,28 +94,38 @@ def parse_generate(
 
 
 def _parse_prompt(
-    request: inference_pb2.GenerateRequest, model: ModelFacts, tokenizer: Tokenizer
+    request: inference_pb2.GenerateRequest,
+    model: ModelFacts,
+    tokenizer: Tokenizer,
+    history: History,
 ) -> tuple[int, ...]:
-    prompt: Sequence[int]
-    match request.WhichOneof("prompt"):
+    new: Sequence[int]
+    kind = request.WhichOneof("prompt")
+    if history.tokens and kind is not None and (kind == "chat") != bool(history.messages):
+        takes = "chats" if history.messages else "text and tokens"
+        raise _invalid(f"prompt.{kind}", f"the session takes {takes}")
+    before: Sequence[int] = history.tokens
+    match kind:
         case "text":
             field = "prompt.text"
-            prompt = tokenizer.encode(request.text) if request.text else ()
+            new = tokenizer.encode(request.text, begins=not before) if request.text else ()
         case "tokens":
-            field, prompt = "prompt.tokens.ids", request.tokens.ids
+            field, new = "prompt.tokens.ids", request.tokens.ids
         case "chat":
-            field, prompt = "prompt.chat", tokenizer.encode_chat(_parse_chat(request.chat))
+            field, before = "prompt.chat", ()
+            new = chat_prompt(history, _parse_chat(request.chat), tokenizer)
         case _:
             raise _invalid("prompt", "one of text, tokens and chat is required")
-    if not prompt:
+    if not new:
         raise _invalid(field, "is empty")
+    prompt = (*before, *new)
     if len(prompt) >= model.max_context_tokens:
         room = f"leaves no room for output in the model's context of {model.max_context_tokens}"
         raise _invalid(field, f"of {len(prompt)} tokens {room}")
-    for index, token_id in enumerate(prompt):
+    for index, token_id in enumerate(new):
         if token_id >= model.vocab_size:
             raise _invalid(field, f"at {index}: {_not_in_vocabulary(token_id, model)}")
-    return tuple(prompt)
+    return prompt
 
 
 def _parse_chat(chat: inference_pb2.Chat) -> list[ChatTurn]:
@@ -113,6 +138,11 @@ def _parse_chat(chat: inference_pb2.Chat) -> list[ChatTurn]:
             violations.append(FieldViolation(f"{path}.content", "is empty"))
     if violations:
         raise InvalidRequestError(*violations)
+    return chat_turns(chat)
+
+
+def chat_turns(chat: inference_pb2.Chat) -> list[ChatTurn]:
+    """The messages, as they are."""
     return [ChatTurn(message.role, message.content) for message in chat.messages]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
+from tests.redis_server import redis_server
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,18 @@ def ray_cluster() -> Iterator[RayCluster]:
     )
     with start_local(settings) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis server that tests share. Each uses tenants of its own, or empties it first."""
+    with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sessions_in_memory() -> Iterator[None]:
+    """Routers that tests start leave no files in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_SESSION_STORE", "sqlite://")
+        yield

@@ -1,8 +1,9 @@
-"""`baton chat`: a conversation in the terminal. The conversation is kept here and sent whole with every turn; the workers' prefix
-caches make that cheap.
+"""`baton chat`: a conversation in the terminal, in a session of the router: each turn sends only what is new. The conversation is kept
+here too, to begin a new session with it where an answer was stopped or the router has forgotten.
 """
 
 import sys
+from contextlib import ExitStack, closing, suppress
 from importlib import import_module
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from rich.console import Console
 from baton.cli.console import report, reported, stderr
 from baton.cli.generate import summary
 from baton.cli.options import Address, MaxTokens, Seed, Temperature, Timeout, TopP
-from baton.client import ChatMessage, Client, SamplingOptions
-from baton.errors import BatonError, FieldViolation, InvalidRequestError
+from baton.client import ChatMessage, Client, SamplingOptions, Session
+from baton.errors import BatonError, FieldViolation, InvalidRequestError, NotFoundError
 
 HELP = "/reset starts over, /stats tells about the last answer, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
@@ -33,33 +34,59 @@ class Conversation:
         self._sampling = sampling
         self._timeout_s = timeout_s
         self._opening = () if system is None else (ChatMessage("system", system),)
+        self._session: Session | None = None
+        """Holds every turn, or there is none."""
         self.turns: list[ChatMessage] = []
         self.last_summary = "no answer yet"
 
     def reset(self) -> None:
         """Forgets every turn."""
         self.turns.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Lets the router forget the session, which it would do by itself some time. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            with suppress(BatonError):
+                self._client.sessions.close(session)
 
     def ask(self, text: str) -> None:
         """Streams the answer to stdout. A turn that fails, or is stopped before the first text, leaves no trace in the conversation."""
-        turns = [*self.turns, ChatMessage("user", text)]
+        asked = ChatMessage("user", text)
         said: list[str] = []
         try:
-            with self._client.generate(
-                [*self._opening, *turns], sampling=self._sampling, timeout_s=self._timeout_s
-            ) as stream:
-                for chunk in stream:
-                    said.append(chunk.text)
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
-            self.last_summary = summary(stream.result)
+            self._answer(asked, said)
         except KeyboardInterrupt:
             sys.stdout.write(" [stopped]")
+            # The router knows nothing of a turn that was stopped.
+            self.close()
         finally:
             if said:
                 sys.stdout.write("\n")
         if said:
-            self.turns = [*turns, ChatMessage("assistant", "".join(said))]
+            self.turns += [asked, ChatMessage("assistant", "".join(said))]
+
+    def _answer(self, asked: ChatMessage, said: list[str]) -> None:
+        if self._session is not None:
+            try:
+                self._stream([asked], self._session, said)
+            except NotFoundError:  # it has expired
+                pass
+            else:
+                return
+        self._session = self._client.sessions.create()
+        self._stream([*self._opening, *self.turns, asked], self._session, said)
+
+    def _stream(self, messages: list[ChatMessage], session: Session, said: list[str]) -> None:
+        with self._client.generate(
+            messages, sampling=self._sampling, session=session, timeout_s=self._timeout_s
+        ) as stream:
+            for chunk in stream:
+                said.append(chunk.text)
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        self.last_summary = summary(stream.result)
 
 
 def chat(
@@ -96,13 +123,15 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     notes = stderr()
-    with reported(), Client(address) as client:
+    with reported(), Client(address) as client, ExitStack() as leaving:
         model = client.model()
         if not model.has_chat_template:
             raise InvalidRequestError(
                 FieldViolation("model", f"{model.model} has no chat template; use `baton generate`")
             )
-        talk = Conversation(client, sampling, system=system, timeout_s=timeout)
+        talk = leaving.enter_context(
+            closing(Conversation(client, sampling, system=system, timeout_s=timeout))
+        )
         if sys.stdin.isatty():
             import_module("readline")  # gives input() line editing and a history
             notes.print(

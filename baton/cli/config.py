@@ -49,6 +49,8 @@ class ServeConfig:
     """How long running requests may go on after a stop signal."""
     log_format: LogFormat = LogFormat.PLAIN
     log_level: LogLevel = LogLevel.WARNING
+    drawn_port: bool = False
+    """The port was not asked for: another run has another."""
 
     @property
     def address(self) -> str:
@@ -88,7 +90,8 @@ def with_ports(config: ServeConfig) -> ServeConfig:
     """
     with ExitStack() as held:
         ports = [_bind(config.host, port, held) for port in (config.port, config.metrics_port)]
-    return replace(config, port=ports[0], metrics_port=ports[1])
+    drawn = not config.port
+    return replace(config, port=ports[0], metrics_port=ports[1], drawn_port=drawn)
 
 
 def _bind(host: str, port: int, held: ExitStack) -> int:

@@ -101,4 +101,7 @@ def environment(config: ServeConfig) -> dict[str, str]:
     }
     if config.local_prefill_tokens is not None:
         chosen["BATON_LOCAL_PREFILL_TOKENS"] = str(config.local_prefill_tokens)
+    if config.drawn_port:
+        # Nobody would find a file by this port again.
+        chosen["BATON_SESSION_STORE"] = os.environ.get("BATON_SESSION_STORE", "sqlite://")
     return os.environ | chosen

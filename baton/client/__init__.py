@@ -12,6 +12,7 @@ Failures are the exceptions of `baton.errors`.
 """
 
 from baton.client.aio import AsyncClient, AsyncStream
+from baton.client.sessions import AsyncSessions, Sessions
 from baton.client.sync import Client, Stream
 from baton.client.types import (
     Attempt,
@@ -22,12 +23,16 @@ from baton.client.types import (
     Prompt,
     Result,
     SamplingOptions,
+    Session,
+    SessionState,
+    SessionTurn,
     Timings,
     Usage,
 )
 
 __all__ = [
     "AsyncClient",
+    "AsyncSessions",
     "AsyncStream",
     "Attempt",
     "ChatMessage",
@@ -38,6 +43,10 @@ __all__ = [
     "Prompt",
     "Result",
     "SamplingOptions",
+    "Session",
+    "SessionState",
+    "SessionTurn",
+    "Sessions",
     "Stream",
     "Timings",
     "Usage",

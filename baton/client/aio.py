@@ -10,7 +10,16 @@ import grpc
 import grpc.aio
 
 from baton.client.recovery import Recovery, Routers, split_targets
-from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
+from baton.client.sessions import AsyncSessions
+from baton.client.types import (
+    Chunk,
+    ConnectionOptions,
+    ModelInfo,
+    Prompt,
+    Result,
+    SamplingOptions,
+    Session,
+)
 from baton.client.wire import (
     Collector,
     channel_options,
@@ -135,6 +144,8 @@ class AsyncClient:
             grpc.aio.insecure_channel(target, options=options) for target in split_targets(address)
         ]
         self._routers = Routers([InferenceServiceStub(channel) for channel in self._channels])
+        self.sessions = AsyncSessions(self._channels[0])
+        """Conversations that the router remembers."""
 
     def generate(
         self,
@@ -143,11 +154,16 @@ class AsyncClient:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        session: Session | str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncStream:
-        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
+        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`. With a session, the
+        prompt is what is new, and follows everything said before; `SessionBusyError` while another of its turns runs.
+        """
         name = request_id if request_id is not None else new_request_id()
-        request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
+        request = generate_request(
+            prompt, request_id=name, model=model, sampling=sampling, session=session
+        )
         return AsyncStream(
             self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s
         )
@@ -168,11 +184,17 @@ class AsyncClient:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        session: Session | str | None = None,
         timeout_s: float | None = None,
     ) -> Result:
         """The whole answer at once."""
         async with self.generate(
-            prompt, sampling=sampling, request_id=request_id, model=model, timeout_s=timeout_s
+            prompt,
+            sampling=sampling,
+            request_id=request_id,
+            model=model,
+            session=session,
+            timeout_s=timeout_s,
         ) as stream:
             return await stream.read()
 

@@ -21,6 +21,7 @@ from baton.errors import (
     BatonError,
     DrainingError,
     NotFoundError,
+    SessionBusyError,
     UnavailableError,
 )
 from baton.service.status import error_from_rpc, said_by_peer
@@ -128,7 +129,9 @@ class Recovery:
 
     def _is_answer_to_retry(self, typed: BatonError) -> bool:
         """Attach found nothing; or the request that is asked for again has not quite ended there."""
-        return self._lost_s is not None and isinstance(typed, AlreadyExistsError | NotFoundError)
+        return self._lost_s is not None and isinstance(
+            typed, AlreadyExistsError | NotFoundError | SessionBusyError
+        )
 
     def _message(self) -> pb.GenerateRequest | pb.AttachRequest | None:
         seed = self._collector.seed

@@ -11,7 +11,16 @@ from typing import Self
 import grpc
 
 from baton.client.recovery import Recovery, Routers, split_targets
-from baton.client.types import Chunk, ConnectionOptions, ModelInfo, Prompt, Result, SamplingOptions
+from baton.client.sessions import Sessions
+from baton.client.types import (
+    Chunk,
+    ConnectionOptions,
+    ModelInfo,
+    Prompt,
+    Result,
+    SamplingOptions,
+    Session,
+)
 from baton.client.wire import (
     Collector,
     channel_options,
@@ -131,6 +140,8 @@ class Client:
             grpc.insecure_channel(target, options=options) for target in split_targets(address)
         ]
         self._routers = Routers([InferenceServiceStub(channel) for channel in self._channels])
+        self.sessions = Sessions(self._channels[0])
+        """Conversations that the router remembers."""
 
     def generate(
         self,
@@ -139,11 +150,16 @@ class Client:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        session: Session | str | None = None,
         timeout_s: float | None = None,
     ) -> Stream:
-        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`."""
+        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`. With a session, the
+        prompt is what is new, and follows everything said before; `SessionBusyError` while another of its turns runs.
+        """
         name = request_id if request_id is not None else new_request_id()
-        request = generate_request(prompt, request_id=name, model=model, sampling=sampling)
+        request = generate_request(
+            prompt, request_id=name, model=model, sampling=sampling, session=session
+        )
         return Stream(self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s)
 
     def attach(self, request_id: str, *, timeout_s: float | None = None) -> Stream:
@@ -160,11 +176,17 @@ class Client:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        session: Session | str | None = None,
         timeout_s: float | None = None,
     ) -> Result:
         """The whole answer at once."""
         with self.generate(
-            prompt, sampling=sampling, request_id=request_id, model=model, timeout_s=timeout_s
+            prompt,
+            sampling=sampling,
+            request_id=request_id,
+            model=model,
+            session=session,
+            timeout_s=timeout_s,
         ) as stream:
             return stream.read()
 

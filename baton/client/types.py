@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from baton.types import FinishReason, PositionLogprobs, WorkerInfo
 
@@ -111,6 +112,54 @@ class Usage:
     completion_tokens: int
 
 
+class SessionState(Enum):
+    """What a session does."""
+
+    IDLE = "idle"
+    """It waits for its next turn."""
+    GENERATING = "generating"
+    """A turn runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A conversation that the router remembers, as it was when it was asked for."""
+
+    session_id: str
+    state: SessionState
+    model: str
+    turns: int
+    """Turns that finished."""
+    history_tokens: int
+    """Tokens that the next turn builds on."""
+    usage: Usage
+    """Over all turns that finished. Each prompt counts whole, history included."""
+    last_cached_tokens: int
+    """Of the last turn's prompt."""
+    prefill_worker: str
+    """Of the last turn; empty where decode computed the prompt itself."""
+    decode_worker: str
+    failed_turns: int
+    """Turns that failed or were cancelled: each left the session as it was before."""
+    last_failure: str
+    """Why the last of them did."""
+    created_unix_s: float
+    """Seconds since the Unix epoch, as the next two."""
+    updated_unix_s: float
+    """When the last turn ended."""
+    expires_unix_s: float
+    """When it is forgotten unless a turn comes before."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTurn:
+    """The turn of a session that a request was."""
+
+    session_id: str
+    turn: int
+    """1 for the session's first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """Where the time went: instants in seconds since the router received the request, None where a stage did not happen."""
@@ -163,6 +212,8 @@ class Result(Completion):
     usage: Usage
     timings: Timings
     attempts: tuple[Attempt, ...]
+    session: SessionTurn | None = None
+    """Set where it was a session's turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ from baton.client.types import (
     Prompt,
     Result,
     SamplingOptions,
+    Session,
+    SessionTurn,
     Timings,
     Usage,
 )
@@ -48,12 +50,19 @@ def new_request_id() -> str:
 
 
 def generate_request(
-    prompt: Prompt, *, request_id: str, model: str, sampling: SamplingOptions | None
+    prompt: Prompt,
+    *,
+    request_id: str,
+    model: str,
+    sampling: SamplingOptions | None,
+    session: Session | str | None = None,
 ) -> pb.GenerateRequest:
     """Raises `InvalidRequestError` for values that a message cannot carry; the router judges the rest."""
     request = pb.GenerateRequest()
     _assign("request_id", partial(setattr, request, "request_id", request_id))
     _assign("model", partial(setattr, request, "model", model))
+    if session is not None:
+        _assign("session_id", partial(setattr, request, "session_id", session_id(session)))
     if isinstance(prompt, str):
         _assign("text", partial(setattr, request, "text", prompt))
     elif isinstance(prompt, bytes | bytearray | memoryview):
@@ -66,6 +75,14 @@ def generate_request(
     if sampling is not None:
         _fill_sampling(request.sampling, sampling)
     return request
+
+
+def session_id(session: Session | str) -> str:
+    """Raises `InvalidRequestError` for an empty one, which would make a turn of no session."""
+    named = session.session_id if isinstance(session, Session) else session
+    if named == "":
+        raise InvalidRequestError(FieldViolation("session_id", "is empty"))
+    return named
 
 
 def _message(message: object) -> pb.ChatMessage:
@@ -233,14 +250,22 @@ class Collector:
             stop_token_id=first.stop_token_id,
             completions=completions,
             seed=self._accepted.seed,
-            usage=Usage(
-                prompt_tokens=message.usage.prompt_tokens,
-                cached_tokens=message.usage.cached_tokens,
-                completion_tokens=message.usage.completion_tokens,
-            ),
+            usage=usage(message.usage),
             timings=_timings(message.timings),
             attempts=tuple(_attempt(report) for report in message.attempts),
+            session=SessionTurn(message.session.session_id, message.session.turn)
+            if message.HasField("session")
+            else None,
         )
+
+
+def usage(message: pb.Usage) -> Usage:
+    """Of an answer or a session."""
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        completion_tokens=message.completion_tokens,
+    )
 
 
 def _timings(message: pb.Timings) -> Timings:

@@ -5,7 +5,7 @@ line wins. Lists are comma-separated, booleans are `true` or `false`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Self, get_type_hints
 
@@ -127,6 +127,20 @@ class RouterSettings(ServerSettings):
     """A client that does not read for so long loses its request."""
     local_prefill_tokens: int = 32
     """Prompts of which decode lacks at most so many tokens are computed by decode itself; 0 never."""
+    session_store: str = field(
+        default="sqlite:///~/.local/state/baton/sessions-{port}.db", repr=False
+    )
+    """Where sessions are kept; see `router.sessions.location`. It may hold a password."""
+    max_sessions: int = 50_000
+    """Sessions in the store; one more gets RESOURCE_EXHAUSTED."""
+    session_ttl_s: float = 86_400.0
+    """Longest life of a session."""
+    session_idle_s: float = 3_600.0
+    """Longest pause between a session's turns."""
+    session_max_turns: int = 1_000
+    """Turns of one session. Its tokens are bounded by the model's context."""
+    session_lease_s: float = 15.0
+    """How long a session stays locked when the router that ran its turn died."""
 
 
 def _parse(variable: str, text: str, kind: object) -> object:

@@ -32,6 +32,8 @@ from baton.errors import (
     ModelLoadError,
     NotFoundError,
     PreconditionError,
+    SessionBusyError,
+    SessionLostError,
     UnavailableError,
 )
 
@@ -158,6 +160,13 @@ _TABLE = (
     ),
     _Row(CancelledError, grpc.StatusCode.CANCELLED, lambda d: CancelledError(d.message)),
     _Row(AbortedError, grpc.StatusCode.ABORTED, lambda d: AbortedError(d.message)),
+    _Row(
+        SessionBusyError,
+        grpc.StatusCode.ABORTED,
+        lambda d: SessionBusyError(d.metadata.get("session_id", "")),
+        metadata=lambda e: {"session_id": e.session_id},
+    ),
+    _Row(SessionLostError, grpc.StatusCode.ABORTED, lambda d: SessionLostError(d.message)),
     _Row(
         ModelLoadError,
         grpc.StatusCode.FAILED_PRECONDITION,

@@ -111,18 +111,37 @@ class Sequence(_message.Message):
     def __init__(self, prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class RequestRecord(_message.Message):
-    __slots__ = ("request_id", "tenant", "stop", "n", "deadline_unix_seconds")
+    __slots__ = ("request_id", "tenant", "stop", "n", "deadline_unix_seconds", "turn")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tenant: str
     stop: _containers.RepeatedScalarFieldContainer[str]
     n: int
     deadline_unix_seconds: float
-    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., deadline_unix_seconds: _Optional[float] = ...) -> None: ...
+    turn: TurnRecord
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., n: _Optional[int] = ..., deadline_unix_seconds: _Optional[float] = ..., turn: _Optional[_Union[TurnRecord, _Mapping]] = ...) -> None: ...
+
+class TurnRecord(_message.Message):
+    __slots__ = ("session_id", "lease_id", "said")
+    class Said(_message.Message):
+        __slots__ = ("role", "content")
+        ROLE_FIELD_NUMBER: _ClassVar[int]
+        CONTENT_FIELD_NUMBER: _ClassVar[int]
+        role: str
+        content: str
+        def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    lease_id: str
+    said: _containers.RepeatedCompositeFieldContainer[TurnRecord.Said]
+    def __init__(self, session_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., said: _Optional[_Iterable[_Union[TurnRecord.Said, _Mapping]]] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
     __slots__ = ("first_index", "token_ids", "logprobs")

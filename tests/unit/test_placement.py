@@ -15,6 +15,7 @@ from router.placement import (
     Placement,
     PlaceRequest,
     Policy,
+    Resident,
     RoundRobin,
     WorkerView,
 )
@@ -328,3 +329,13 @@ def test_adding_load_to_the_chosen_decode_worker_never_attracts_a_request(
     after = LoadAware().place(FleetView(view.prefill, others), request_)
     assert isinstance(after, Placement)
     assert after.decode.info.worker_id == chosen
+
+
+def test_kv_that_was_left_a_moment_ago_counts_as_held() -> None:
+    """In whole blocks, on that decode worker alone, and never less than what it reported."""
+    fleet = FleetView((P1,), (D1, replace(D2, cached_tokens=496)))
+    knowing = fleet.knowing(Resident(WorkerId("d1"), 495))
+    assert [worker.cached_tokens for worker in knowing.decode] == [480, 496]
+    assert fleet.knowing(Resident(WorkerId("d2"), 30)) == fleet
+    assert fleet.knowing(Resident(WorkerId("gone"), 495)) == fleet
+    assert ids(LoadAware().place(FleetView((P1,), (D2, knowing.decode[0])), LONG)) == (None, "d1")

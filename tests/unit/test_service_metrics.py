@@ -11,8 +11,10 @@ from baton.errors import CapacityError, UnavailableError
 from baton.lifecycle import Event, Timeline
 from baton.service.metrics import MetricsServer, RouterMetrics, WorkerMetrics, outcome_of
 from baton.types import Role, WorkerLoad
+from router.sessions.metrics import SessionMetrics
+from router.sessions.store import Counts
 
-LABELS = {"outcome", "reason", "role", "state", "le"}
+LABELS = {"operation", "outcome", "reason", "role", "state", "le"}
 
 
 def exposition(metrics: MetricsServer) -> str:
@@ -42,6 +44,11 @@ def router() -> RouterMetrics:
     metrics.record_prefill(0.02)
     metrics.record_token_gap(0.003)
     metrics.set_workers({(Role.DECODE, "ready"): 2})
+    sessions = SessionMetrics(metrics.registry)
+    sessions.record_turn(None)
+    sessions.set_sessions(Counts(idle=2, generating=1))
+    with sessions.operation("get"):
+        pass
     return metrics
 
 

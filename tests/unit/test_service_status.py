@@ -20,6 +20,8 @@ from baton.errors import (
     ModelLoadError,
     NotFoundError,
     PreconditionError,
+    SessionBusyError,
+    SessionLostError,
     UnavailableError,
 )
 from baton.service.groups import first_error
@@ -38,6 +40,8 @@ EXAMPLES: tuple[BatonError, ...] = (
     CorruptKVError("checksum differs"),
     DeadlineError("handoff"),
     CancelledError("cancelled by id"),
+    SessionBusyError("s1"),
+    SessionLostError("it was closed"),
     ModelLoadError("/models/x/config.json", "not JSON"),
     InternalError("engine failed"),
 )

@@ -1,0 +1,281 @@
+"""What clients can do with sessions, over whichever store: create, look, close, and run a turn under a lease.
+
+A turn that fails or is cancelled leaves its session as it was before, but for the word of it. The lease is renewed while the turn
+runs; a turn whose session was closed or taken over meanwhile ends with `SessionLostError`. A router that dies holds no session for
+longer than its lease.
+
+Used on the router's event loop; a turn belongs to the task that entered it. Nothing of a session stays in memory between turns.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from baton.errors import (
+    AbortedError,
+    BatonError,
+    CancelledError,
+    CapacityError,
+    DrainingError,
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
+from baton.service.settings import RouterSettings
+from router.sessions.metrics import SessionMetrics
+from router.sessions.record import (
+    Lease,
+    Session,
+    SessionId,
+    SessionKey,
+    bounded_s,
+    new_session_id,
+)
+from router.sessions.store import Query, SessionStore
+from router.sessions.turn import Turn
+
+_log = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 5.0
+RENEWALS_PER_LEASE = 3
+SETTLE_S = 10.0
+"""How long operations under way may take when the router stops."""
+MAX_FAILURE_CHARS = 200
+TAKEN = "it was closed, or another turn took over"
+
+_SESSION_ID = re.compile(r"s[0-9a-f]{32}")
+T = TypeVar("T")
+
+
+class SessionManager:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        settings: RouterSettings,
+        metrics: SessionMetrics,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Takes over the store. `clock` gives seconds since the Unix epoch."""
+        self._store = store
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._turns: dict[SessionKey, Turn] = {}
+        self._settling: set[asyncio.Task[Any]] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on, sessions whose time has come are removed."""
+        self._sweeping = asyncio.create_task(self._sweep_forever(), name="sweep sessions")
+
+    async def close(self) -> None:
+        """Precondition: no turn runs. Idempotent."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.wait({self._sweeping})
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=SETTLE_S)
+        await self._store.close()
+
+    async def create(
+        self, tenant: str, *, model: str, ttl_s: float = 0.0, idle_s: float = 0.0
+    ) -> Session:
+        """A new session; 0 is the longest duration. Raises `CapacityError` where the store is full."""
+        now_s = self._clock()
+        session = Session(
+            key=SessionKey(tenant, new_session_id(now_s)),
+            model=model,
+            created_s=now_s,
+            updated_s=now_s,
+            ttl_s=bounded_s(ttl_s, self._settings.session_ttl_s),
+            idle_s=bounded_s(idle_s, self._settings.session_idle_s),
+        )
+        limit = self._settings.max_sessions
+        for _ in range(2):
+            if await self._do("create", self._store.create(session, max_sessions=limit)):
+                return session
+            if not await self._sweep():
+                break
+        raise CapacityError(f"{limit} sessions are kept already", retry_after_s=SWEEP_INTERVAL_S)
+
+    async def get(self, tenant: str, session_id: str) -> Session:
+        """Raises `NotFoundError`."""
+        key = _key(tenant, session_id)
+        session = await self._do("get", self._store.get(key, self._clock()))
+        if session is None:
+            raise NotFoundError("session", session_id)
+        return session
+
+    async def list(self, query: Query) -> list[Session]:
+        """See `SessionStore.list`."""
+        return await self._do("list", self._store.list(query, self._clock()))
+
+    async def remove(self, tenant: str, session_id: str) -> Session:
+        """Forgets a session, and returns what it was last. Its turn, if one runs, ends. Raises `NotFoundError`."""
+        session = await self.get(tenant, session_id)
+        if not await self._do("remove", self._store.remove(session.key)):
+            raise NotFoundError("session", session_id)
+        turn = self._turns.get(session.key)
+        if turn is not None:
+            turn.lose("it was closed")
+        return session
+
+    def is_generating(self, session: Session) -> bool:
+        """Whether a turn runs now."""
+        return session.is_generating(self._clock())
+
+    @asynccontextmanager
+    async def turn(
+        self, tenant: str, session_id: str, *, model: str, lease_id: str = ""
+    ) -> AsyncIterator[Turn | None]:
+        """Runs a turn inside the context, which must end it with `Turn.finish`; else, or where that fails, the session is as it was
+        before. None without a session id. With the lease id of a turn that another router began, goes on with that turn. Raises
+        `NotFoundError`, `SessionBusyError`, and, in the turn's own task, `SessionLostError`.
+        """
+        if not session_id:
+            yield None
+            return
+        lease_id = lease_id or secrets.token_hex(8)
+        turn = await self._begin(_key(tenant, session_id), model, lease_id)
+        self._turns[turn.key] = turn
+        renewing = asyncio.create_task(self._renew(turn), name=f"renew {session_id}")
+        error: BatonError | None = None
+        try:
+            with turn.losable():
+                yield turn
+        except BatonError as failure:
+            error = failure
+            raise
+        except asyncio.CancelledError:
+            error = CancelledError("the turn was cancelled")
+            raise
+        except Exception:
+            error = InternalError("a bug")
+            raise
+        finally:
+            renewing.cancel()
+            # A later turn may have begun in its place.
+            if self._turns.get(turn.key) is turn:
+                del self._turns[turn.key]
+            self._metrics.record_turn(None if turn.finished else error)
+            if not turn.finished and not isinstance(error, AbortedError | DrainingError):
+                # Those leave the turn, and its lease, to whoever goes on with it.
+                await self._abandon(turn, error)
+
+    async def _begin(self, key: SessionKey, model: str, lease_id: str) -> Turn:
+        now_s = self._clock()
+        lease = Lease(lease_id, now_s + self._settings.session_lease_s)
+        beginning = self._settle("begin", self._store.begin_turn(key, lease, now_s))
+        try:
+            begun = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            self._settle("abandon", self._undo(beginning, lease))
+            raise
+        if begun is None:
+            raise NotFoundError("session", key.session_id)
+        turn = Turn(*begun, lease, commit=self._commit, clock=self._clock)
+        refused = self._refusal(turn.session, model)
+        if refused is not None:
+            await self._abandon(turn, refused)
+            raise refused
+        return turn
+
+    def _refusal(self, session: Session, model: str) -> BatonError | None:
+        """Why it takes no more turns."""
+        if model and session.model and session.model != model:
+            problem = f"is a session of the model {session.model!r}"
+            return InvalidRequestError(FieldViolation("session_id", problem))
+        if session.turns >= self._settings.session_max_turns:
+            problem = f"has had its {session.turns} turns"
+            return InvalidRequestError(FieldViolation("session_id", problem))
+        return None
+
+    async def _commit(self, turn: Turn, session: Session) -> None:
+        """Raises `SessionLostError` where the lease was lost."""
+        ending = self._settle("commit", self._store.end_turn(session, turn.history, turn.lease))
+        if not await asyncio.shield(ending):
+            raise turn.lost(TAKEN)
+        self._metrics.record_tokens(
+            prompt=session.prompt_tokens - turn.session.prompt_tokens,
+            cached=session.last_cached_tokens,
+        )
+
+    async def _abandon(self, turn: Turn, error: BatonError | None) -> None:
+        """Gives the lease back. Where the store fails, the lease runs out by itself."""
+        why = error or InternalError("the turn was not finished")
+        session = replace(
+            turn.session,
+            updated_s=self._clock(),
+            failed_turns=turn.session.failed_turns + 1,
+            last_failure=f"{why.reason}: {why.message}"[:MAX_FAILURE_CHARS],
+        )
+        ending = self._settle("abandon", self._store.end_turn(session, None, turn.lease))
+        with suppress(UnavailableError):
+            await asyncio.shield(ending)
+
+    async def _undo(self, beginning: "asyncio.Task[Any]", lease: Lease) -> bool:
+        """Gives back the lease of a turn that was cancelled while it began."""
+        begun = await beginning
+        return begun is not None and await self._store.end_turn(begun[0], None, lease)
+
+    async def _renew(self, turn: Turn) -> None:
+        lease_s = self._settings.session_lease_s
+        while True:
+            await asyncio.sleep(lease_s / RENEWALS_PER_LEASE)
+            turn.lease = replace(turn.lease, until_s=self._clock() + lease_s)
+            try:
+                held = await self._do("renew", self._store.renew(turn.key, turn.lease))
+            except UnavailableError as error:
+                _log.warning("a session's lease was not renewed: %s", error.message)
+                continue
+            if not held:
+                turn.lose(TAKEN)
+                return
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            with suppress(UnavailableError):
+                await self._sweep()
+                self._metrics.set_sessions(
+                    await self._do("count", self._store.count(self._clock()))
+                )
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _sweep(self) -> int:
+        removed = await self._do("sweep", self._store.sweep(self._clock()))
+        self._metrics.record_expired(removed)
+        return removed
+
+    def _settle(self, name: str, operation: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """An operation that goes on though its caller is cancelled."""
+        task = asyncio.create_task(self._do(name, operation), name=f"{name} session")
+        self._settling.add(task)
+        task.add_done_callback(self._settled)
+        return task
+
+    def _settled(self, task: "asyncio.Task[Any]") -> None:
+        self._settling.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it still gets it
+
+    async def _do(self, name: str, operation: Coroutine[Any, Any, T]) -> T:
+        with self._metrics.operation(name):
+            return await operation
+
+
+def _key(tenant: str, session_id: str) -> SessionKey:
+    """Raises `NotFoundError` for what is no session's id: stores build names from it."""
+    if not _SESSION_ID.fullmatch(session_id):
+        raise NotFoundError("session", session_id)
+    return SessionKey(tenant, SessionId(session_id))

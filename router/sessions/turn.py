@@ -1,0 +1,134 @@
+"""One turn of a session while it runs: what it builds on, and what it makes of the session at its end.
+
+Belongs to the task that runs the turn, on the router's event loop; made by `router.sessions.manager`.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from baton.errors import SessionLostError
+from baton.types import TurnRecord, WorkerId
+from router.chat import ChatTurn
+from router.placement import Resident
+from router.sessions.prompt import history_after
+from router.sessions.record import History, Lease, Session, SessionKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnResult:
+    """How a turn went that finished."""
+
+    model: str
+    prompt: Sequence[int]
+    """With the history."""
+    output: Sequence[int]
+    answer: str
+    exact: bool
+    """The answer is the text of the output's tokens, but for a special token that ends it."""
+    cached_tokens: int
+    prefill_worker: str
+    decode_worker: str
+
+
+class Turn:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        session: Session,
+        history: History,
+        lease: Lease,
+        *,
+        commit: "Callable[[Turn, Session], Awaitable[None]]",
+        clock: Callable[[], float],
+    ) -> None:
+        """`session` and `history` are what they were before the turn."""
+        self.session = session
+        self.history = history
+        self.lease = lease
+        self.messages: Sequence[ChatTurn] = ()
+        """What the client says in it; empty where it is no chat."""
+        self.finished = False
+        self._commit = commit
+        self._clock = clock
+        self._task: asyncio.Task[object] | None = None
+        self._lost: SessionLostError | None = None
+
+    @property
+    def key(self) -> SessionKey:
+        return self.session.key
+
+    @property
+    def number(self) -> int:
+        """1 for the session's first."""
+        return self.session.turns + 1
+
+    def record(self) -> TurnRecord:
+        """What another router must know to go on with it."""
+        said = tuple((message.role, message.content) for message in self.messages)
+        return TurnRecord(self.key.session_id, self.lease.lease_id, said)
+
+    def resident(self, prompt: Sequence[int], within_s: float) -> Resident | None:
+        """Where the KV of this turn's prompt is, where the last turn ended so shortly ago that its worker may not have reported it."""
+        known = len(self.history.tokens)
+        recent = self._clock() - self.session.updated_s < within_s
+        if not recent or not known or list(prompt[:known]) != self.history.tokens.tolist():
+            return None
+        # The last token of an output is not computed.
+        return Resident(WorkerId(self.session.decode_worker), known - 1)
+
+    async def finish(self, result: TurnResult) -> None:
+        """Makes the turn part of the session. Raises `SessionLostError`, or `UnavailableError` where the store fails; then it is none."""
+        before = self.session
+        self.history = history_after(
+            self.history,
+            self.messages,
+            prompt=result.prompt,
+            output=result.output,
+            answer=result.answer,
+            exact=result.exact,
+        )
+        await self._commit(
+            self,
+            replace(
+                before,
+                model=result.model,
+                updated_s=self._clock(),
+                turns=self.number,
+                history_tokens=len(result.prompt) + len(result.output),
+                prompt_tokens=before.prompt_tokens + len(result.prompt),
+                cached_tokens=before.cached_tokens + result.cached_tokens,
+                completion_tokens=before.completion_tokens + len(result.output),
+                last_cached_tokens=result.cached_tokens,
+                prefill_worker=result.prefill_worker,
+                decode_worker=result.decode_worker,
+            ),
+        )
+        self.finished = True
+
+    def lost(self, why: str) -> SessionLostError:
+        """What a turn ends with whose session is its no more."""
+        return SessionLostError(f"session {self.key.session_id!r} is lost: {why}")
+
+    def lose(self, why: str) -> None:
+        """Ends the turn at its next await. For other tasks than its own."""
+        if self._lost is None and self._task is not None and not self.finished:
+            self._lost = self.lost(why)
+            self._task.cancel()
+
+    @contextmanager
+    def losable(self) -> Iterator[None]:
+        """The turn runs inside the context, in this task."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._lost is None:
+                raise
+            self._task.uncancel()
+            raise self._lost from None
+        finally:
+            self._task = None

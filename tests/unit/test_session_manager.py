@@ -1,0 +1,295 @@
+"""A turn's lease under disturbance: whatever happens, and whenever, the session ends up as before the turn or after it, and free."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from baton.errors import (
+    CapacityError,
+    InvalidRequestError,
+    SessionBusyError,
+    SessionLostError,
+    UnavailableError,
+)
+from baton.service.settings import RouterSettings
+from router.sessions.manager import SessionManager
+from router.sessions.metrics import SessionMetrics
+from router.sessions.record import History, Lease, Session, SessionKey
+from router.sessions.sqlite import SqliteStore
+from router.sessions.turn import TurnResult
+
+SETTINGS = RouterSettings(session_lease_s=0.15, max_sessions=3)
+RESULT = TurnResult(
+    model="m",
+    prompt=(1, 2, 3),
+    output=(4, 5),
+    answer="",
+    exact=True,
+    cached_tokens=2,
+    prefill_worker="p",
+    decode_worker="d",
+)
+
+
+class Disturbed(SqliteStore):
+    """A store whose operations wait for the test, or fail."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.began = asyncio.Event()
+        self.failing: set[str] = set()
+        self.sweeps = 0
+
+    async def begin_turn(
+        self, key: SessionKey, lease: Lease, now_s: float
+    ) -> tuple[Session, History] | None:
+        begun = await super().begin_turn(key, lease, now_s)
+        self.began.set()
+        await self.gate.wait()
+        return begun
+
+    async def sweep(self, now_s: float) -> int:
+        self.sweeps += 1
+        if "sweep" in self.failing:
+            raise UnavailableError("gone")
+        return await super().sweep(now_s)
+
+    async def end_turn(self, session: Session, history: History | None, lease: Lease) -> bool:
+        kind = "abandon" if history is None else "commit"
+        if kind in self.failing:
+            raise UnavailableError("gone")
+        await self.gate.wait()
+        return await super().end_turn(session, history, lease)
+
+
+class Now:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Rig:
+    def __init__(self, settings: RouterSettings = SETTINGS) -> None:
+        self.registry = CollectorRegistry()
+        self.clock = Now()
+        self.store = Disturbed()
+        metrics = SessionMetrics(self.registry)
+        self.manager = SessionManager(self.store, settings, metrics, clock=self.clock)
+
+    async def take_turn(self, session: Session, **changes: Any) -> None:
+        async with self.manager.turn("", session.key.session_id, model="m") as turn:
+            assert turn is not None
+            await turn.finish(replace(RESULT, **changes))
+
+    async def fail_turn(self, session: Session, error: Exception) -> None:
+        async with self.manager.turn("", session.key.session_id, model="m"):
+            raise error
+
+    async def told(self, session: Session) -> Session:
+        return await self.manager.get("", session.key.session_id)
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+
+@asynccontextmanager
+async def rigged(settings: RouterSettings = SETTINGS) -> AsyncIterator[Rig]:
+    rig = Rig(settings)
+    try:
+        yield rig
+    finally:
+        await rig.manager.close()
+
+
+async def test_a_turn_is_counted_in_the_session_and_in_the_metrics() -> None:
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        await rig.take_turn(session)
+        rig.clock.now_s += 1
+        await rig.take_turn(session, prompt=(1, 2, 3, 4, 5, 6), cached_tokens=5)
+        told = await rig.told(session)
+        assert told == replace(
+            session,
+            turns=2,
+            history_tokens=8,
+            prompt_tokens=9,
+            cached_tokens=7,
+            completion_tokens=4,
+            last_cached_tokens=5,
+            prefill_worker="p",
+            decode_worker="d",
+            updated_s=rig.clock.now_s,
+        )
+        assert rig.value("baton_session_turns_total", outcome="ok") == 2
+        assert rig.value("baton_session_prompt_tokens_total") == 9
+        assert rig.value("baton_session_cached_tokens_total") == 7
+        assert rig.value("baton_session_store_seconds_count", operation="commit") == 2
+
+
+async def test_a_caller_that_leaves_while_its_turn_begins_gives_the_lease_back() -> None:
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        rig.store.gate.clear()
+        taking = asyncio.create_task(rig.take_turn(session))
+        await rig.store.began.wait()
+        taking.cancel()
+        await asyncio.wait({taking})
+        assert taking.cancelled()
+        rig.store.gate.set()
+        await _free(rig, session)
+        assert (await rig.told(session)).failed_turns == 0
+
+
+async def test_a_caller_that_leaves_in_its_turn_gives_the_lease_back() -> None:
+    """However often it is cancelled while that goes on."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        inside = asyncio.Event()
+
+        async def stay() -> None:
+            async with rig.manager.turn("", session.key.session_id, model="m"):
+                inside.set()
+                await asyncio.Event().wait()
+
+        staying = asyncio.create_task(stay())
+        await inside.wait()
+        rig.store.gate.clear()
+        for _ in range(3):
+            staying.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({staying})
+        rig.store.gate.set()
+        await _free(rig, session)
+        told = await rig.told(session)
+        assert (told.turns, told.failed_turns) == (0, 1)
+        assert told.last_failure.startswith("CANCELLED")
+        assert rig.value("baton_session_turns_total", outcome="cancelled") == 1
+
+
+async def _free(rig: Rig, session: Session) -> None:
+    """Returns once the session can take a turn, and takes none."""
+    async with asyncio.timeout(5):
+        while rig.manager.is_generating(await rig.told(session)):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_a_turn_that_was_not_written_did_not_happen() -> None:
+    """The caller gets the store's error, and the session is as it was."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        rig.store.failing = {"commit"}
+        with pytest.raises(UnavailableError, match="gone"):
+            await rig.take_turn(session)
+        rig.store.failing = set()
+        told = await rig.told(session)
+        assert (told.turns, told.failed_turns) == (0, 1)
+        await rig.take_turn(session)
+        assert rig.value("baton_session_store_failures_total", operation="commit") == 1
+
+
+async def test_a_store_that_fails_hides_no_error_of_the_turn() -> None:
+    """And the lease runs out by itself."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        rig.store.failing = {"abandon"}
+        with pytest.raises(CapacityError, match="mine"):
+            await rig.fail_turn(session, CapacityError("mine"))
+        with pytest.raises(SessionBusyError):
+            await rig.take_turn(session)
+        rig.clock.now_s += SETTINGS.session_lease_s
+        await rig.take_turn(session)
+
+
+async def test_a_turn_outlives_its_first_lease() -> None:
+    """It is renewed for as long as the turn runs."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        async with rig.manager.turn("", session.key.session_id, model="m") as turn:
+            assert turn is not None
+            async with asyncio.timeout(5):
+                for _ in range(3):
+                    held_s = (await rig.told(session)).leased_until_s
+                    rig.clock.now_s += 0.1
+                    while (await rig.told(session)).leased_until_s <= held_s:  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+            with pytest.raises(SessionBusyError):
+                await rig.take_turn(session)
+            await turn.finish(RESULT)
+
+
+@pytest.mark.parametrize("finishing", [False, True])
+async def test_a_turn_whose_session_was_taken_over_ends(*, finishing: bool) -> None:
+    """By its next renewal, or when it would be written."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+
+        async def take() -> None:
+            async with rig.manager.turn("", session.key.session_id, model="m") as turn:
+                assert turn is not None
+                await rig.store.remove(session.key)
+                if finishing:
+                    await turn.finish(RESULT)
+                await asyncio.wait_for(asyncio.Event().wait(), 5)
+
+        with pytest.raises(SessionLostError):
+            await take()
+
+
+async def test_a_full_store_makes_room_of_what_has_expired() -> None:
+    async with rigged() as rig:
+        for _ in range(3):
+            await rig.manager.create("", model="m", ttl_s=5)
+        with pytest.raises(CapacityError):
+            await rig.manager.create("", model="m")
+        rig.clock.now_s += 5
+        await rig.manager.create("", model="m")
+        assert rig.value("baton_sessions_expired_total") == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"), [(0.0, 3600.0), (60.0, 60.0), (1e9, 3600.0), (float("inf"), 3600.0)]
+)
+async def test_a_client_may_shorten_its_sessions_life_only(asked: float, got: float) -> None:
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m", idle_s=asked)
+        assert (session.idle_s, session.ttl_s) == (got, 86_400.0)
+
+
+async def test_a_session_stays_with_its_model() -> None:
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="other")
+        with pytest.raises(InvalidRequestError, match="model 'other'"):
+            await rig.take_turn(session)
+        told = await rig.told(session)
+        assert (told.failed_turns, rig.manager.is_generating(told)) == (1, False)
+
+
+async def test_a_bug_in_a_turn_is_told_without_its_words() -> None:
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        with pytest.raises(RuntimeError):
+            await rig.fail_turn(session, RuntimeError("what the prompt said"))
+        assert (await rig.told(session)).last_failure == "INTERNAL: a bug"
+
+
+async def test_the_sweep_counts_and_outlives_a_store_that_fails() -> None:
+    async with rigged() as rig:
+        rig.store.failing = {"sweep"}
+        rig.manager.start()
+        async with asyncio.timeout(5):
+            while not rig.store.sweeps:  # noqa: ASYNC110 - the first sweep comes at once
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
+        assert rig.manager._sweeping is not None
+        assert not rig.manager._sweeping.done()
