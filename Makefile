@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The one place that pins torch is pyproject.toml.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
-CODE := baton router prefill_worker decode_worker tests benchmarks training
+CODE := baton router prefill_worker decode_worker flex_worker tests benchmarks training
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=

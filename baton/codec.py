@@ -250,6 +250,16 @@ def spec_from_proto(message: pb.KvSpec) -> KVSpec:
     return spec
 
 
+def role_to_proto(role: Role) -> pb.WorkerRole:
+    return _ROLES[role]
+
+
+def role_from_proto(number: pb.WorkerRole, field: str) -> Role:
+    if number not in _ROLES_BACK:
+        raise _invalid(field, f"unknown value {int(number)}")
+    return _ROLES_BACK[number]
+
+
 def worker_info_to_proto(info: WorkerInfo) -> pb.WorkerInfo:
     return pb.WorkerInfo(
         worker_id=info.worker_id,
@@ -268,6 +278,7 @@ def worker_info_to_proto(info: WorkerInfo) -> pb.WorkerInfo:
         metrics_address=info.metrics_address,
         device=info.device,
         version=info.version,
+        can_be=[_ROLES[role] for role in info.can_be],
     )
 
 
@@ -276,8 +287,6 @@ def worker_info_from_proto(message: pb.WorkerInfo) -> WorkerInfo:
         raise _invalid("info.worker_id", "must not be empty")
     if not message.address:
         raise _invalid("info.address", "must not be empty")
-    if message.role not in _ROLES_BACK:
-        raise _invalid("info.role", f"unknown value {int(message.role)}")
     sizes = {
         "vocab_size": message.vocab_size,
         "max_context_tokens": message.max_context_tokens,
@@ -289,7 +298,7 @@ def worker_info_from_proto(message: pb.WorkerInfo) -> WorkerInfo:
             raise _invalid(f"info.{field}", "must be positive")
     return WorkerInfo(
         worker_id=WorkerId(message.worker_id),
-        role=_ROLES_BACK[message.role],
+        role=role_from_proto(message.role, "info.role"),
         address=message.address,
         transfer_address=message.transfer_address,
         model=message.model,
@@ -304,6 +313,7 @@ def worker_info_from_proto(message: pb.WorkerInfo) -> WorkerInfo:
         metrics_address=message.metrics_address,
         device=message.device,
         version=message.version,
+        can_be=tuple(_ROLES_BACK[role] for role in message.can_be if role in _ROLES_BACK),
     )
 
 

@@ -178,7 +178,7 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """What a worker is; fixed for its lifetime."""
+    """What a worker is; fixed for its lifetime, but for the role of one that can take several."""
 
     worker_id: WorkerId
     role: Role
@@ -201,3 +201,5 @@ class WorkerInfo:
     """host:port, or empty where it serves no metrics."""
     device: str
     version: str
+    can_be: tuple[Role, ...] = ()
+    """Roles that it can take; empty for workers that do not tell."""

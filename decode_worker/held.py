@@ -220,6 +220,9 @@ class HeldAttempts:
         self._unwanted: deque[AttemptKey] = deque(maxlen=MAX_UNWANTED)
         """Released before they began: a call may overtake the one before it."""
 
+    def __contains__(self, key: AttemptKey) -> bool:
+        return key in self._attempts
+
     def start(
         self, job: DecodeJob, terms: Terms, events: AsyncGenerator[JobEvent, None]
     ) -> HeldAttempt:

@@ -28,6 +28,8 @@ from decode_worker.decoder import (
 )
 from decode_worker.held import HeldAttempt, HeldAttempts, Terms
 
+SERVICE = "baton.v1.DecodeService"
+
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """See the module docstring. Errors become statuses in `baton.service.interceptors`."""

@@ -9,7 +9,7 @@ from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
-from decode_worker.servicer import DecodeServicer
+from decode_worker.servicer import SERVICE, DecodeServicer
 from decode_worker.source import StoppedAttempts
 
 
@@ -19,7 +19,7 @@ class DecodeWorker:
     def __init__(
         self, settings: WorkerSettings, engine: AsyncEngine, transport: KVTransport
     ) -> None:
-        self.host = WorkerHost(settings, Role.DECODE, engine, service="baton.v1.DecodeService")
+        self.host = WorkerHost(settings, Role.DECODE, engine, services={Role.DECODE: SERVICE})
         self._transport = transport
         self._attempts = HeldAttempts()
         self._source = StoppedAttempts(engine, self._attempts)

@@ -23,6 +23,8 @@ from prefill_worker.prefiller import (
     PrefillJob,
 )
 
+SERVICE = "baton.v1.PrefillService"
+
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """See the module docstring. Errors become statuses in `baton.service.interceptors`."""

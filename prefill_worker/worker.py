@@ -8,15 +8,16 @@ from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import prefill_pb2_grpc
 from prefill_worker.prefiller import Prefiller
-from prefill_worker.servicer import PrefillServicer
+from prefill_worker.servicer import SERVICE, PrefillServicer
 
 
 class PrefillWorker:
     """Serves PrefillService, and is the `baton.transfer.base.KVSource` that decode pulls from."""
 
     def __init__(self, settings: WorkerSettings, engine: AsyncEngine) -> None:
-        self.host = WorkerHost(settings, Role.PREFILL, engine, service="baton.v1.PrefillService")
+        self.host = WorkerHost(settings, Role.PREFILL, engine, services={Role.PREFILL: SERVICE})
         self._prefiller = Prefiller(self.host)
+        self.host.when_refusing(self._prefiller.refuse_new)
 
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
@@ -27,8 +28,6 @@ class PrefillWorker:
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new calls; returns once the KV of all running ones was pulled, or after the grace. See `WorkerHost.drain`."""
-        self.host.refuse_calls()
-        self._prefiller.refuse_new()
         return await self.host.drain(grace_s)
 
     async def stop(self) -> None:

@@ -7,6 +7,7 @@
 All methods are called on the event loop on which it was started.
 """
 
+import asyncio
 import logging
 
 from baton.errors import DrainingError, UnavailableError
@@ -14,6 +15,7 @@ from baton.service.metrics import RouterMetrics
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings
 from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
+from router.autoscaler import Autoscaler
 from router.fleet import Fleet, FleetServicer
 from router.model import ServedModel
 from router.placement import LoadAware, Policy
@@ -55,6 +57,7 @@ class RouterApp:
         self._server = GrpcServer(settings, [INFERENCE_SERVICE, SESSION_SERVICE, FLEET_SERVICE])
         self._sessions: SessionManager | None = None
         self.metrics_port = 0
+        self._autoscaling: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -99,6 +102,9 @@ class RouterApp:
             raise
         sessions.start()
         await self._server.set_serving(serving=True)
+        if self._settings.autoscale:
+            autoscaler = Autoscaler(self.fleet, self._settings)
+            self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
         _log.info("serving on port %d, metrics on port %d", self.port, self.metrics_port)
         return self.port
 
@@ -113,6 +119,9 @@ class RouterApp:
 
     async def stop(self) -> None:
         """Ends everything at once. Idempotent."""
+        if self._autoscaling is not None:
+            self._autoscaling.cancel()
+            await asyncio.wait({self._autoscaling})
         self.table.refuse_new()
         self.fleet.keep_orphans()
         self.table.abort_all(DrainingError("the router stopped"))

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -30,26 +31,32 @@ from router.registry import Claim, Registry
 
 _log = logging.getLogger(__name__)
 
+SILENCE_S = 1.0
+"""A member that was not heard for two heartbeats, and for so long at least, gets requests only where no other can."""
+
 
 class Held:
     """The workers of one attempt, and its load on them."""
 
-    def __init__(self, pair: Pair, decode: Claim, prefill: Claim | None) -> None:
+    def __init__(
+        self, pair: Pair, registry: Registry, decode: Claim, prefill: Claim | None
+    ) -> None:
         self.pair = pair
+        self._registry = registry
         self._prefill = prefill
-        decode.sent_at_s = time.monotonic()
+        registry.sent(decode, time.monotonic())
 
     def prefill_sent(self) -> None:
         """Prefill was called: later heartbeats include this attempt."""
         assert self._prefill is not None
-        self._prefill.sent_at_s = time.monotonic()
+        self._registry.sent(self._prefill, time.monotonic())
 
 
 class Fleet:
     """See the module docstring."""
 
     def __init__(self, settings: RouterSettings, policy: Policy, metrics: RouterMetrics) -> None:
-        self.registry = Registry()
+        self.registry = Registry(silence_s=max(SILENCE_S, 2 * settings.heartbeat_s))
         self._settings = settings
         self._policy = policy
         self._metrics = metrics
@@ -87,6 +94,20 @@ class Fleet:
             self._draining ^= {member.worker_id}
             member.set_draining(draining=draining)
             _log.info("worker %s %s", member.worker_id, "drains" if draining else "drains no more")
+            self._tell()
+
+    def change_role(self, member: Member, info: WorkerInfo) -> None:
+        """A member tells that its role is another: what runs on it goes on, new requests come in the new role. Raises
+        `InvalidRequestError` where it tells of any other difference.
+        """
+        if replace(info, role=member.info.role) != member.info:
+            raise InvalidRequestError(
+                FieldViolation("announce.info", "nothing but the role of a member can change")
+            )
+        if self.registry.change_role(member.worker_id, member.session, info.role):
+            member.info = info
+            self._metrics.record_role_change(info.role)
+            _log.info("worker %s is a %s worker now", member.worker_id, info.role.value)
             self._tell()
 
     def leave(self, member: Member, why: str) -> None:
@@ -135,7 +156,7 @@ class Fleet:
         for claim in claims:
             self.registry.claim(claim)
         try:
-            yield Held(pair, claims[0], claims[1] if prefill is not None else None)
+            yield Held(pair, self.registry, claims[0], claims[1] if prefill is not None else None)
         finally:
             for claim in claims:
                 self.registry.release(claim)
@@ -146,8 +167,16 @@ class Fleet:
             self.registry.note_cached(worker_id, size, block_hashes(tokens, size))
 
     def decode_members(self) -> list[Member]:
-        """Whoever can hold a request's attempts, the draining ones too."""
-        return [m for m in self._members.values() if m.info.role is Role.DECODE]
+        """Whoever can hold a request's attempts: the draining ones too, and those that turned to prefill since."""
+        members = self._members.values()
+        return [m for m in members if Role.DECODE in (m.info.role, *m.info.can_be)]
+
+    async def set_role(self, worker_id: WorkerId, role: Role, drain_timeout_s: float) -> None:
+        """Has a member turn to another role. Raises `UnavailableError` where it is no member, and what its call raises."""
+        member = self._members.get(worker_id)
+        if member is None:
+            raise UnavailableError(f"worker {worker_id} is no member")
+        await member.set_role(role, drain_timeout_s)
 
     def suspect(self, worker_id: WorkerId) -> None:
         """A worker failed an attempt; see `Registry.suspect`."""
@@ -217,8 +246,14 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             )
             await context.write(fleet_pb2.JoinResponse(joined=terms))
             while (request := await self._next(requests)) is not None:
+                if request.HasField("announce"):
+                    announced = codec.worker_info_from_proto(request.announce.info)
+                    self._fleet.change_role(member, announced)
+                    continue
                 if not request.HasField("heartbeat"):
-                    raise InvalidRequestError(FieldViolation("event", "must be a heartbeat"))
+                    raise InvalidRequestError(
+                        FieldViolation("event", "must be a heartbeat or an announce")
+                    )
                 beat = request.heartbeat
                 self._fleet.heartbeat(
                     member,

@@ -15,8 +15,15 @@ import grpc
 from baton import codec
 from baton.errors import UnavailableError
 from baton.service.status import error_from_rpc
-from baton.types import AttemptKey, WorkerId, WorkerInfo
-from baton.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from baton.types import AttemptKey, Role, WorkerId, WorkerInfo
+from baton.v1 import (
+    decode_pb2,
+    decode_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 
 RELEASE_TIMEOUT_S = 1.0
 """Releasing is a courtesy: a worker also lets go by itself, of a prompt at once, of an answer after its grace."""
@@ -26,6 +33,9 @@ FIND_TIMEOUT_S = 1.0
 """A worker that does not say by then that it holds a request counts as not holding it."""
 CLOSE_GRACE_S = 1.0
 """Calls on a lost member end by themselves, as their attempts are told; this bounds those that do not."""
+
+ROLE_SLACK_S = 5.0
+"""What a change of role may take beyond its drain."""
 
 LostCallback = Callable[[UnavailableError], None]
 
@@ -38,6 +48,7 @@ class Member:
         self.session = session
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
         self._decode = decode_pb2_grpc.DecodeServiceStub(channel)
+        self._worker = worker_pb2_grpc.WorkerServiceStub(channel)
         self._channel = channel
         self._lost: UnavailableError | None = None
         self._watchers: set[LostCallback] = set()
@@ -107,6 +118,14 @@ class Member:
         if began:
             for tell in tuple(self._leavers):
                 tell()
+
+    async def set_role(self, role: Role, drain_timeout_s: float) -> None:
+        """Has the worker turn to a role; returns once it announced it. Raises `UnavailableError` where the member is lost."""
+        self._raise_if_lost()
+        request = worker_pb2.SetRoleRequest(
+            role=codec.role_to_proto(role), drain_timeout_seconds=drain_timeout_s
+        )
+        await self._worker.SetRole(request, timeout=drain_timeout_s + ROLE_SLACK_S)
 
     @contextmanager
     def watch(self, on_lost: LostCallback) -> Iterator[None]:

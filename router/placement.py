@@ -22,7 +22,7 @@ class WorkerView:
     info: WorkerInfo
     draining: bool = False
     suspect: bool = False
-    """It failed an attempt a moment ago."""
+    """It failed an attempt a moment ago, or is silent."""
     requests: int = 0
     """Running, waiting and on their way."""
     queued_prefill_tokens: int = 0

@@ -8,10 +8,12 @@ until a heartbeat is late enough to include them or the claim is released. Invar
 claimed load.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.types import BlockHash, PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
+from router.autoscale import FleetSample, WorkerSample
 from router.placement import FleetView, WorkerView
 
 
@@ -46,9 +48,11 @@ class _Worker:
 class Registry:
     """See the module docstring. A session is one Join call of a worker; what an older one still sends is ignored."""
 
-    def __init__(self, *, suspicion_s: float = 5.0) -> None:
-        """`suspicion_s`: longest time that a failed worker is avoided."""
+    def __init__(self, *, suspicion_s: float = 5.0, silence_s: float = math.inf) -> None:
+        """`suspicion_s`: longest time that a failed worker is avoided; `silence_s`: one that was not heard for so long is avoided too."""
         self._suspicion_s = suspicion_s
+        self._silence_s = silence_s
+        self._sent_prefill_tokens = 0
         self._workers: dict[WorkerId, _Worker] = {}
         self._sessions = 0
 
@@ -88,6 +92,14 @@ class Registry:
         worker.heard_at_s = now_s
         return True
 
+    def change_role(self, worker_id: WorkerId, session: int, role: Role) -> bool:
+        """The member does the other phase from now on; False where the session is not the worker's current one."""
+        worker = self._current(worker_id, session)
+        if worker is None:
+            return False
+        worker.info = replace(worker.info, role=role)
+        return True
+
     def leave(self, worker_id: WorkerId, session: int) -> bool:
         """Ends a membership; False where the session is not the worker's current one."""
         if self._current(worker_id, session) is None:
@@ -121,6 +133,21 @@ class Registry:
         if worker is not None:
             worker.hidden.discard(claim)
 
+    def sent(self, claim: Claim, now_s: float) -> None:
+        """The worker was called: later heartbeats include the claim."""
+        claim.sent_at_s = now_s
+        worker = self._workers.get(claim.worker_id)
+        if worker is not None and worker.info.role is Role.PREFILL:
+            self._sent_prefill_tokens += claim.prefill_tokens
+
+    def sample(self, now_s: float) -> FleetSample:
+        """The fleet as autoscaling sees it. Prompts that wait for decode's blocks are no backlog of prefill's."""
+        return FleetSample(
+            at_s=now_s,
+            workers=tuple(self._sample(worker, now_s) for worker in self._workers.values()),
+            sent_prefill_tokens=self._sent_prefill_tokens,
+        )
+
     def infos(self) -> tuple[WorkerInfo, ...]:
         """Every member, in order of joining."""
         return tuple(worker.info for worker in self._workers.values())
@@ -152,15 +179,35 @@ class Registry:
         worker = self._workers.get(worker_id)
         return worker if worker is not None and worker.session == session else None
 
+    def _avoided(self, worker: _Worker, now_s: float) -> bool:
+        failed_at_s = worker.failed_at_s
+        return now_s - worker.heard_at_s >= self._silence_s or (
+            failed_at_s is not None and now_s - failed_at_s < self._suspicion_s
+        )
+
+    def _sample(self, worker: _Worker, now_s: float) -> WorkerSample:
+        load, info = worker.load, worker.info
+        sent = sum(c.prefill_tokens for c in worker.hidden if c.sent_at_s is not None)
+        # What is reserved waits for prefill: it is no sign that decode lacks anything.
+        computing = load.used_blocks / max(1, load.used_blocks + load.reserved_blocks)
+        return WorkerSample(
+            worker_id=info.worker_id,
+            role=info.role,
+            can_be=info.can_be,
+            sound=not worker.draining and not self._avoided(worker, now_s),
+            requests=computing * (load.running_requests + load.waiting_requests),
+            queued_prefill_tokens=load.queued_prefill_tokens + sent,
+            used_share=load.used_blocks / info.num_blocks,
+        )
+
     def _view(
         self, worker: _Worker, hashes: Mapping[int, Sequence[BlockHash]], now_s: float
     ) -> WorkerView:
         load, size = worker.load, worker.info.block_size_tokens
-        failed_at_s = worker.failed_at_s
         return WorkerView(
             info=worker.info,
             draining=worker.draining,
-            suspect=failed_at_s is not None and now_s - failed_at_s < self._suspicion_s,
+            suspect=self._avoided(worker, now_s),
             requests=load.running_requests + load.waiting_requests + len(worker.hidden),
             queued_prefill_tokens=(
                 load.queued_prefill_tokens + sum(c.prefill_tokens for c in worker.hidden)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from baton import __version__
-from baton.cli import chat, demo, generate, serve
+from baton.cli import chat, demo, fleet, generate, serve
 
 EPILOG = "Start with [bold]baton serve[/], then in another terminal [bold]baton chat[/]."
 
@@ -40,3 +40,4 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(demo.demo)
+app.add_typer(fleet.fleet, name="fleet")

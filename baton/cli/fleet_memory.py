@@ -18,8 +18,7 @@ from baton.service.settings import RouterSettings, WorkerSettings
 from baton.transfer.credits import ByteCredits
 from baton.transfer.memory import MemorySources, MemoryTransport
 from baton.types import Role, WorkerInfo
-from decode_worker.worker import DecodeWorker
-from prefill_worker.worker import PrefillWorker
+from flex_worker.worker import FlexWorker
 from router.app import RouterApp, load_tokenizer
 
 
@@ -31,7 +30,7 @@ class MemoryFleet:
         self._announcer = announcer
         self._router: RouterApp | None = None
         self._sources = MemorySources()
-        self._workers: list[PrefillWorker | DecodeWorker] = []
+        self._workers: list[FlexWorker] = []
 
     async def start(self) -> tuple[WorkerInfo, ...]:
         settings = RouterSettings.from_env(environment(self._config))
@@ -74,9 +73,7 @@ class MemoryFleet:
             self._workers.append(worker)
             return await worker.start()
 
-    def _worker(
-        self, role: Role, settings: WorkerSettings, progress: Progress
-    ) -> PrefillWorker | DecodeWorker:
+    def _worker(self, role: Role, settings: WorkerSettings, progress: Progress) -> FlexWorker:
         loop, starting = asyncio.get_running_loop(), asyncio.current_task()
         assert starting is not None
 
@@ -88,17 +85,13 @@ class MemoryFleet:
 
         build = partial(build_engine, self._config.engine, report)
         engine = AsyncEngine(build, name=settings.worker_id)
-        if role is Role.PREFILL:
-            worker = PrefillWorker(settings, engine)
-            self._sources.add(settings.transfer_address, worker)
-            return worker
-        budget = ByteCredits(settings.kv_credit_bytes)
-        decode = DecodeWorker(settings, engine, MemoryTransport(self._sources, budget))
-        self._sources.add(settings.transfer_address, decode)
-        return decode
+        transport = MemoryTransport(self._sources, ByteCredits(settings.kv_credit_bytes))
+        worker = FlexWorker(settings, role, engine, transport)
+        self._sources.add(settings.transfer_address, worker)
+        return worker
 
 
-async def _end(worker: PrefillWorker | DecodeWorker, grace_s: float) -> None:
+async def _end(worker: FlexWorker, grace_s: float) -> None:
     try:
         if grace_s:
             await worker.drain(grace_s)

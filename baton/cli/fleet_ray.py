@@ -24,12 +24,9 @@ from baton.service.groups import first_error
 from baton.service.settings import WorkerSettings
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from baton.types import Role, WorkerInfo
-from baton.worker.actor import ActorConfig, RunningWorker, WorkerActor, launch
-from decode_worker.actor import DecodeActor
-from prefill_worker.actor import PrefillActor
+from baton.worker.actor import ActorConfig, RunningWorker, launch
+from flex_worker.actor import FlexActor
 from router.text import Tokenizer
-
-ACTORS: dict[Role, type[WorkerActor]] = {Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}
 
 
 class WorkerSlot:
@@ -65,12 +62,13 @@ class WorkerSlot:
         config = ActorConfig(
             settings=replace(self._settings, worker_id=name, transfer_address=name),
             engine=self._config.engine,
+            role=self._role,
             namespace=self._cluster.namespace,
             num_gpus=self._num_gpus,
         )
         began_s = time.monotonic()
         with self._announcer.loading(name) as progress:
-            self._worker = await launch(ACTORS[self._role], config, progress)
+            self._worker = await launch(FlexActor, config, progress)
         self._announcer.event(f"{name} is up after {time.monotonic() - began_s:.1f} s")
         return self._worker.info
 

@@ -27,6 +27,7 @@ from baton.engine.base import (
     Held,
     Token,
 )
+from baton.engine.motion import Motion, StepClock
 from baton.errors import AlreadyExistsError, InternalError
 from baton.kv.spec import SealedKV
 from baton.types import AttemptKey, BlockHash, PrefixDelta, WorkerLoad
@@ -130,7 +131,8 @@ class AsyncEngine:
         self._hashes: set[BlockHash] = set()
         self._load = WorkerLoad()
         self._failure: str | None = None
-        self._busy_since_s: float | None = None
+        self._clock = StepClock()
+        self._motion = Motion()
         self._pending: set[asyncio.Future[Any]] = set()
         """Calls that the thread has not answered."""
 
@@ -159,9 +161,18 @@ class AsyncEngine:
 
     @property
     def stalled_s(self) -> float:
-        """How long the current step has been running; 0 while idle."""
-        since_s = self._busy_since_s
-        return 0.0 if since_s is None else time.monotonic() - since_s
+        """How long the current step or command has been running; 0 while idle."""
+        return self._clock.stalled_s
+
+    @property
+    def expected_s(self) -> float | None:
+        """What the current step should take at most, by those of its size before it; None where nothing tells."""
+        return self._clock.expected_s
+
+    @property
+    def stuck_s(self) -> float:
+        """How long requests have waited while nothing was computed and no block changed hands; 0 while none waits."""
+        return self._motion.stuck_s(time.monotonic())
 
     @asynccontextmanager
     async def open(
@@ -294,14 +305,16 @@ class AsyncEngine:
                     break
                 if command is None:
                     return
+                self._clock.begin()
                 command(engine, results)
+                self._clock.end()
                 wait = False
                 del command  # its buffers are not kept while idle
             events: tuple[EngineEvent, ...] = ()
             if engine.has_work():
-                self._busy_since_s = time.monotonic()
-                events = engine.step()
-                self._busy_since_s = None
+                self._clock.begin()
+                events = engine.step(self._clock.computes)
+                self._clock.end()
             load = None
             now_s = time.monotonic()
             if not engine.has_work() or now_s - load_at_s > LOAD_INTERVAL_S:
@@ -319,7 +332,10 @@ class AsyncEngine:
     def _settle(self, turn: _Turn) -> None:
         """On the loop: delivers one turn."""
         if turn.load is not None:
+            self._motion.saw(turn.load, time.monotonic(), computed=bool(turn.events))
             self._load = turn.load
+        elif turn.events:
+            self._motion.saw(self._load, time.monotonic(), computed=True)
         if turn.prefix.stored or turn.prefix.evicted:
             self._hashes.difference_update(turn.prefix.evicted)
             self._hashes.update(turn.prefix.stored)

@@ -14,6 +14,7 @@ A Token with a finish reason is the last event of its key; the engine has then r
 and a PREFILL request too, since nothing will follow its first token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -164,8 +165,10 @@ class Engine(Protocol):
         """Whether `step` would do anything now. Requests that wait for KV, or for export, are no work."""
         ...
 
-    def step(self) -> tuple[EngineEvent, ...]:
-        """Schedules and computes one batch; returns what happened, in order."""
+    def step(self, on_batch: Callable[[int], None] = ...) -> tuple[EngineEvent, ...]:
+        """Schedules and computes one batch; returns what happened, in order. `on_batch` is told how many tokens it computes, before it
+        does.
+        """
         ...
 
     def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:

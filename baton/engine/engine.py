@@ -12,6 +12,7 @@ Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors ar
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from baton.engine.base import (
@@ -129,7 +130,7 @@ class PagedEngine:
             return True
         return bool(self._waiting and not self._settled)
 
-    def step(self) -> tuple[EngineEvent, ...]:
+    def step(self, on_batch: Callable[[int], None] = lambda _: None) -> tuple[EngineEvent, ...]:
         if self._exports:
             # One at a time: another worker can fetch the first while the second is made.
             return tuple(self._export(*self._exports.popleft()))
@@ -138,7 +139,7 @@ class PagedEngine:
             if events:
                 # Told before the batch is computed: a reservation starts another worker's work.
                 return tuple(events)
-        return tuple(self._compute())
+        return tuple(self._compute(on_batch))
 
     def export_kv(self, key: AttemptKey, first: int, last: int) -> SealedKV:
         state = self._requests.get(key)
@@ -284,7 +285,7 @@ class PagedEngine:
         self._tables.give_back(state)
         self._settled = False
 
-    def _compute(self) -> list[EngineEvent]:
+    def _compute(self, on_batch: Callable[[int], None]) -> list[EngineEvent]:
         batch = [
             (s, n)
             for s, n in self._batch
@@ -294,6 +295,7 @@ class PagedEngine:
         events: list[EngineEvent] = []
         if not batch:
             return events
+        on_batch(sum(count for _, count in batch))
         if len(self._running) > self._limits.max_batch_tokens:
             # More requests generate than a step computes: those of this step go to the end of the line.
             served = {id(state) for state, _ in batch}

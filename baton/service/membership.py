@@ -1,7 +1,7 @@
 """The worker's side of the fleet: stays a member with every router, tells each its load and its prefix cache, and leaves.
 
 One task per router, on the worker's event loop; a router that is away costs one log line and a slow retry. The whole prefix
-cache goes out after each (re)join, then changes only. A change of the draining flag goes out at once. Every wait is bounded by
+cache goes out after each (re)join, then changes only. Changes of the draining flag and of the role go out at once. Every wait is bounded by
 the lease that the router grants: a router that stopped reading is left, and joined anew.
 """
 
@@ -56,6 +56,8 @@ class _Link:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     joined: bool = False
     told_draining: bool = False
+    told: WorkerInfo | None = None
+    """What this router was told that the worker is."""
     lost: bool = False
     """Whether the loss of this router was logged and no join has succeeded since."""
 
@@ -89,10 +91,19 @@ class FleetAgent:
             for link in self._links:
                 link.wake.set()
 
-    async def drained(self, timeout_s: float) -> None:
-        """Returns once every joined router was told that this worker drains, or after the timeout."""
+    def announce(self, info: WorkerInfo) -> None:
+        """The worker's role changed: tells every router at once."""
+        self._info = info
+        for link in self._links:
+            link.wake.set()
+
+    async def told(self, timeout_s: float) -> None:
+        """Returns once every joined router was told what the worker is and whether it drains, or after the timeout."""
         end_s = asyncio.get_running_loop().time() + timeout_s
-        while any(link.joined and not link.told_draining for link in self._links):
+        while any(
+            link.joined and (link.told_draining != self._draining or link.told is not self._info)
+            for link in self._links
+        ):
             if asyncio.get_running_loop().time() >= end_s:
                 return
             await asyncio.sleep(0.005)
@@ -128,14 +139,19 @@ class FleetAgent:
             call: Any = stub.Join()
             try:
                 async with asyncio.timeout(JOIN_TIMEOUT_S):
-                    announce = fleet_pb2.JoinRequest.Announce(info=worker_info_to_proto(self._info))
-                    await call.write(fleet_pb2.JoinRequest(announce=announce))
+                    await self._announce(link, call)
                     terms = await self._read(call)
                 if terms is None or not terms.HasField("joined"):
                     raise UnavailableError("the router did not answer the announcement")
                 await self._report(link, call, terms.joined)
             finally:
                 call.cancel()
+
+    async def _announce(self, link: _Link, call: Any) -> None:
+        info = self._info
+        announce = fleet_pb2.JoinRequest.Announce(info=worker_info_to_proto(info))
+        await call.write(fleet_pb2.JoinRequest(announce=announce))
+        link.told = info
 
     async def _report(self, link: _Link, call: Any, terms: fleet_pb2.JoinResponse.Joined) -> None:
         """Heartbeats until the stream ends, which raises."""
@@ -147,6 +163,8 @@ class FleetAgent:
                     link.wake.clear()
                     draining = self._draining
                     async with asyncio.timeout(terms.lease_seconds):
+                        if link.told is not self._info:
+                            await self._announce(link, call)
                         for message in _heartbeats(self._reporter.load, feed.take(), draining):
                             await call.write(message)
                     link.told_draining = draining

@@ -132,6 +132,12 @@ class RouterMetrics(MetricsServer):
         self._workers = Gauge(
             "baton_workers", "Members of the fleet.", ["role", "state"], registry=registry
         )
+        self._role_changes = Counter(
+            "baton_role_changes_total",
+            "Workers that turned to a role.",
+            ["role"],
+            registry=registry,
+        )
 
     def record_request(
         self,
@@ -171,6 +177,10 @@ class RouterMetrics(MetricsServer):
         """Counts an attempt at its end."""
         self._attempts.labels(OK if error is None else "failed", outcome_of(error)).inc()
 
+    def record_role_change(self, role: Role) -> None:
+        """A worker turned to a role."""
+        self._role_changes.labels(role.value).inc()
+
     def set_workers(self, counts: dict[tuple[Role, str], int]) -> None:
         """The fleet's size by role and state; a pair that is absent counts nobody."""
         self._workers.clear()
@@ -187,7 +197,8 @@ class WorkerMetrics(MetricsServer):
 
     def __init__(self, role: Role) -> None:
         super().__init__()
-        self._role = role.value
+        self.role = role
+        """What the worker does now; later values count for it."""
         self._requests = self._counter("requests", "Calls by outcome.", "outcome")
         self._failures = self._counter("handoff_failures", "Handoffs that failed.", "reason")
         self._handoff_bytes = self._counter("handoff_bytes", "KV bytes handed over.")
@@ -207,33 +218,33 @@ class WorkerMetrics(MetricsServer):
 
     def watch(self, load: Callable[[], WorkerLoad], stalled_s: Callable[[], float]) -> None:
         """Exports the engine's load at every scrape. Both are called on the scrape's thread."""
-        self.registry.register(_LoadCollector(self._role, load, stalled_s))
+        self.registry.register(_LoadCollector(lambda: self.role, load, stalled_s))
 
     def record_call(self, outcome: str) -> None:
-        self._requests.labels(self._role, outcome).inc()
+        self._requests.labels(self.role.value, outcome).inc()
 
     def record_queue(self, seconds: float, *, hit_tokens: int) -> None:
         """A request got its blocks."""
-        self._queue_s.labels(self._role).observe(seconds)
-        self._hit_tokens.labels(self._role).inc(hit_tokens)
+        self._queue_s.labels(self.role.value).observe(seconds)
+        self._hit_tokens.labels(self.role.value).inc(hit_tokens)
 
     def record_prefill(self, seconds: float, *, computed_tokens: int) -> None:
-        self._prefill_s.labels(self._role).observe(seconds)
-        self._prefill_tokens.labels(self._role).inc(computed_tokens)
+        self._prefill_s.labels(self.role.value).observe(seconds)
+        self._prefill_tokens.labels(self.role.value).inc(computed_tokens)
 
     def record_decode_tokens(self, count: int) -> None:
-        self._decode_tokens.labels(self._role).inc(count)
+        self._decode_tokens.labels(self.role.value).inc(count)
 
     def record_preemption(self) -> None:
-        self._preemptions.labels(self._role).inc()
+        self._preemptions.labels(self.role.value).inc()
 
     def record_handoff(self, seconds: float, num_bytes: int) -> None:
-        self._handoff_s.labels(self._role).observe(seconds)
-        self._handoff_bytes.labels(self._role).inc(num_bytes)
+        self._handoff_s.labels(self.role.value).observe(seconds)
+        self._handoff_bytes.labels(self.role.value).inc(num_bytes)
 
     def record_handoff_failure(self, reason: str) -> None:
         """`reason` is a `BatonError.reason`."""
-        self._failures.labels(self._role, reason.lower()).inc()
+        self._failures.labels(self.role.value, reason.lower()).inc()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         full = f"baton_worker_{name}_total"
@@ -248,14 +259,17 @@ class _LoadCollector(Collector):
     """Gauges from one snapshot a scrape, so that the block counts add up."""
 
     def __init__(
-        self, role: str, load: Callable[[], WorkerLoad], stalled_s: Callable[[], float]
+        self,
+        role: Callable[[], Role],
+        load: Callable[[], WorkerLoad],
+        stalled_s: Callable[[], float],
     ) -> None:
         self._role = role
         self._load = load
         self._stalled_s = stalled_s
 
     def collect(self) -> Iterator[Metric]:
-        load = self._load()
+        load, role = self._load(), self._role().value
         blocks = GaugeMetricFamily(
             "baton_worker_kv_blocks", "Blocks of the KV pool by state.", labels=["role", "state"]
         )
@@ -266,7 +280,7 @@ class _LoadCollector(Collector):
             ("used", load.used_blocks),
             ("in_flight", load.in_flight_blocks),
         ):
-            blocks.add_metric([self._role, state], count)
+            blocks.add_metric([role, state], count)
         yield blocks
         for name, text, value in (
             ("running_requests", "Requests that hold blocks.", load.running_requests),
@@ -279,5 +293,5 @@ class _LoadCollector(Collector):
             ("engine_stalled_seconds", "How long the current step runs.", self._stalled_s()),
         ):
             gauge = GaugeMetricFamily(f"baton_worker_{name}", text, labels=["role"])
-            gauge.add_metric([self._role], value)
+            gauge.add_metric([role], value)
             yield gauge

@@ -4,7 +4,7 @@ All methods are called on the process's event loop. Health starts as NOT_SERVING
 "" speaks for the process itself: it serves from `start` to `stop`, and also while a service drains.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -50,9 +50,14 @@ class GrpcServer:
         await self._server.start()
         return self.port
 
-    async def set_serving(self, *, serving: bool, alive: bool = True) -> None:
-        """`serving` is the health of the named services, `alive` that of the process ("")."""
-        self._health.set({"": alive} | dict.fromkeys(self._services, serving))
+    async def set_serving(
+        self, *, serving: bool, alive: bool = True, idle: Collection[str] = ()
+    ) -> None:
+        """`serving` is the health of the named services, but for the `idle` ones, which do not serve; `alive` is that of the process
+        ("").
+        """
+        states = {name: serving and name not in idle for name in self._services}
+        self._health.set({"": alive} | states)
 
     async def stop(self, grace_s: float) -> None:
         """Health turns NOT_SERVING for good, new calls are refused, running ones are cancelled after the grace. Idempotent."""

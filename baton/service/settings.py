@@ -92,8 +92,10 @@ class WorkerSettings(ServerSettings):
     """KV is pulled in pieces of at most this size."""
     kv_credit_bytes: int = 256 * 1024 * 1024
     """KV bytes that a decode worker has in flight at most."""
+    progress_limit_s: float = 0.75
+    """Shortest time without progress that turns health to NOT_SERVING: two heartbeats, with what it takes to notice and to tell."""
     stall_limit_s: float = 10.0
-    """Health turns NOT_SERVING, and nothing new is placed here, while a step of the engine takes so long."""
+    """Longest time that a step of the engine may take, whatever is known of steps of its size, before health turns NOT_SERVING."""
     hang_limit_s: float = 60.0
     """An engine whose step takes so long has failed: its requests go on elsewhere, and the worker ends."""
     rejoin_backoff_s: float = 0.2
@@ -125,6 +127,18 @@ class RouterSettings(ServerSettings):
     """How long decode goes on with a request whose router is gone, and keeps an answer that has ended, for `Attach`."""
     write_stall_s: float = 30.0
     """A client that does not read for so long loses its request."""
+    autoscale: bool = False
+    """Let workers that can take both roles follow the load of the two phases. One router of a fleet only."""
+    autoscale_window_s: float = 10.0
+    """How long a load must have lasted to change a role."""
+    autoscale_dwell_s: float = 60.0
+    """A worker keeps a role for so long at least."""
+    autoscale_cooldown_s: float = 20.0
+    """Shortest time between two changes."""
+    autoscale_backlog_s: float = 1.0
+    """Prefill gets a worker where its queues hold work for so long."""
+    autoscale_decode_requests: float = 32.0
+    """Decode gets a worker where each of its workers has so many requests, or nine tenths of their blocks are used."""
     local_prefill_tokens: int = 32
     """Prompts of which decode lacks at most so many tokens are computed by decode itself; 0 never."""
     session_store: str = field(

@@ -3,9 +3,12 @@ they start, drain and stop. Torch-free: the engine is passed in. Everything runs
 
     start   server (health NOT_SERVING) → engine → metrics → membership → SERVING
     drain   refuse new calls → NOT_SERVING, routers told → running calls end, or the grace does
+    turn    NOT_SERVING, routers told → running calls end, or the timeout does → the other role announced → SERVING
     stop    leave the fleet → cancel what runs → server, metrics, engine
 
-Health is SERVING only while the engine is loaded, completes its steps within the limit, and the worker does not drain.
+Health is SERVING only while the engine is loaded and makes progress (`baton.service.progress`), and the worker does not drain; of a
+worker that can take several roles, only the service of its role serves. The role is what is announced: calls of any service
+are taken at any time, since some were placed before a change of role.
 """
 
 import asyncio
@@ -14,25 +17,30 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import grpc
 
 from baton import __version__
 from baton.engine.aio import AsyncEngine
-from baton.errors import BatonError, DrainingError, UnavailableError
+from baton.errors import DrainingError, PreconditionError, UnavailableError
 from baton.service.membership import FleetAgent
-from baton.service.metrics import OK, WorkerMetrics, outcome_of
+from baton.service.metrics import WorkerMetrics
+from baton.service.progress import EngineProgress, Problem, problem_of
+from baton.service.running_calls import CallOutcome, RunningCalls
 from baton.service.server import GrpcServer
 from baton.service.settings import WorkerSettings
-from baton.types import Role, WorkerId, WorkerInfo
+from baton.service.worker_api import WORKER_SERVICE, WorkerServicer
+from baton.types import Role, WorkerId, WorkerInfo, WorkerLoad
+from baton.v1 import worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
-HEALTH_INTERVAL_S = 0.25
+HEALTH_INTERVAL_S = 0.1
+TOLD_S = 1.0
+"""Longest wait for the routers to be told; one that is away learns it when it is joined."""
 STOP_TIMEOUT_S = 10.0
 
 
@@ -45,35 +53,32 @@ class _Running:
     health: asyncio.Task[None]
 
 
-class CallOutcome:
-    """How a call ended, for the metrics: cancelled until it is done or fails."""
-
-    def __init__(self) -> None:
-        self.label = "cancelled"
-
-    def done(self) -> None:
-        """The caller is about to be told the last it waits for; it may cancel rather than read to the end."""
-        self.label = OK
-
-
 class WorkerHost:
     """See the module docstring."""
 
     def __init__(
-        self, settings: WorkerSettings, role: Role, engine: AsyncEngine, *, service: str
+        self,
+        settings: WorkerSettings,
+        role: Role,
+        engine: AsyncEngine,
+        *,
+        services: Mapping[Role, str],
     ) -> None:
-        """`service` is the full name of the worker's gRPC service."""
+        """`services` has the full name of a gRPC service for each role that the worker can take; `role` is the first one."""
         self.settings = settings
         self.engine = engine
         self.metrics = WorkerMetrics(role)
         self.worker_id = WorkerId(settings.worker_id or _new_worker_id(role))
         self._role = role
-        self._server = GrpcServer(settings, [service])
+        self._services = dict(services)
+        self._server = GrpcServer(settings, [*services.values(), WORKER_SERVICE])
         self._running: _Running | None = None
         self._draining = False
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._on_refusing: list[Callable[[], None]] = []
+        self._turning = asyncio.Lock()
+        self._changing_to: Role | None = None
+        self._problem: Problem | None = None
+        self._calls = RunningCalls(self.metrics)
         self._failed = asyncio.Event()
 
     @property
@@ -95,13 +100,33 @@ class WorkerHost:
     @property
     def num_calls(self) -> int:
         """Calls that run now."""
-        return self._calls
+        return len(self._calls)
+
+    @property
+    def load(self) -> WorkerLoad:
+        """The engine's latest."""
+        return self.engine.load
+
+    @property
+    def changing_to(self) -> Role | None:
+        """Set while a change of role waits for running calls."""
+        return self._changing_to
+
+    @property
+    def problem(self) -> str:
+        """Why the engine makes no progress; empty where it does."""
+        return "" if self._problem is None else self._problem.reason
 
     async def start(self, add_servicer: Callable[[grpc.aio.Server], None]) -> WorkerInfo:
         """Returns once the worker serves. Raises what the engine's build raises (`ModelLoadError`), and `UnavailableError` where a port
         is taken; then nothing is left running.
         """
         self._server.register(add_servicer)
+        self._server.register(
+            lambda server: worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+                WorkerServicer(self), server
+            )
+        )
         async with AsyncExitStack() as undo:
             port = await self._server.start()
             undo.push_async_callback(self._server.stop, 0)
@@ -116,9 +141,9 @@ class WorkerHost:
             undo.pop_all()
         fleet = FleetAgent(info, self.engine, self.settings)
         fleet.start()
-        await self._server.set_serving(serving=True)
-        health = asyncio.create_task(self._watch_health(fleet), name="health")
+        health = asyncio.create_task(self._watch_health(), name="health")
         self._running = _Running(info, fleet, health)
+        await self._publish()
         return info
 
     @contextmanager
@@ -132,41 +157,68 @@ class WorkerHost:
             raise DrainingError("the worker is draining")
         if self.engine.failed:
             raise UnavailableError("the worker's engine has failed")
-        self._calls += 1
-        self._idle.clear()
-        outcome = CallOutcome()
-        try:
+        with self._calls.one() as outcome:
             yield outcome
-        except BatonError as error:
-            outcome.label = outcome_of(error)
-            raise
-        except Exception:
-            outcome.label = "internal"
-            raise
-        finally:
-            self.metrics.record_call(outcome.label)
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
 
     def refuse_calls(self) -> None:
-        """New calls get `UnavailableError` from now on."""
+        """New calls get `DrainingError` from now on. Idempotent."""
         self._draining = True
+        for tell in self._on_refusing:
+            tell()
+
+    def when_refusing(self, tell: Callable[[], None]) -> None:
+        """`tell` is called once new calls are refused; perhaps several times."""
+        self._on_refusing.append(tell)
 
     async def drain(self, grace_s: float) -> bool:
         """Returns whether everything that ran has ended by itself within the grace. Idempotent."""
         self.refuse_calls()
         end_s = time.monotonic() + grace_s
         if self._running is not None:
-            self._running.fleet.set_draining(draining=True)
-            await self._server.set_serving(serving=False)
-            await self._running.fleet.drained(min(grace_s, 1.0))
-        try:
-            async with asyncio.timeout(max(0.0, end_s - time.monotonic())):
-                await self._idle.wait()
-        except TimeoutError:
-            _log.warning("%d calls still run after the drain's %.0f s", self._calls, grace_s)
+            await self._publish()
+            await self._running.fleet.told(min(grace_s, TOLD_S))
+        if not await self._calls.idle(end_s - time.monotonic()):
+            _log.warning("%d calls still run after the drain's %.0f s", len(self._calls), grace_s)
         return not self._calls
+
+    async def set_role(self, role: Role, drain_timeout_s: float) -> Role:
+        """Turns to another role: takes no new placements, lets what runs end for as long as the timeout, then announces it. What still
+        runs goes on. Returns the role before. Cancelled, it leaves the role as it was. Idempotent; one change at a time.
+
+        Raises `PreconditionError` where the worker cannot take the role, or drains to leave, and `UnavailableError` where it does
+        not run.
+        """
+        if role not in self._services:
+            raise PreconditionError(
+                f"this {self._role.value} worker cannot be a {role.value} worker"
+            )
+        async with self._turning:
+            previous = self.info.role
+            if self._draining:
+                raise PreconditionError("the worker is draining")
+            if role is not previous:
+                await self._turn_to(role, drain_timeout_s)
+            return previous
+
+    async def _turn_to(self, role: Role, drain_timeout_s: float) -> None:
+        assert self._running is not None
+        fleet = self._running.fleet
+        self._changing_to = role
+        try:
+            await self._publish()
+            await fleet.told(TOLD_S)
+            await self._calls.idle(drain_timeout_s)
+            if self._draining or self._running is None:
+                raise PreconditionError("the worker is draining")
+            self._role = self.metrics.role = role
+            info = replace(self._running.info, role=role)
+            self._running = replace(self._running, info=info)
+            fleet.announce(info)
+        finally:
+            self._changing_to = None
+            await self._publish()
+        await fleet.told(TOLD_S)
+        _log.info("a %s worker from now on; %d calls still run", role.value, len(self._calls))
 
     async def stop(self) -> None:
         """Ends everything at once. Idempotent."""
@@ -179,7 +231,8 @@ class WorkerHost:
         await running.fleet.stop()
         await self._server.stop(0)
         # Handlers that the server cancelled unwind through the engine, which must outlive them.
-        await _within(STOP_TIMEOUT_S, self._idle.wait(), "calls did not end")
+        if not await self._calls.idle(STOP_TIMEOUT_S):
+            _log.error("stopping: calls did not end within %.0f s", STOP_TIMEOUT_S)
         self.metrics.close()
         await self._stop_engine()
 
@@ -188,19 +241,45 @@ class WorkerHost:
         await self._failed.wait()
 
     async def _stop_engine(self) -> None:
-        await _within(STOP_TIMEOUT_S, self.engine.stop(), "the engine's step did not end")
+        # Whoever stops a worker must get to its end, also where a step hangs.
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self.engine.stop()
+        except TimeoutError:
+            _log.error("stopping: the engine's step did not end within %.0f s", STOP_TIMEOUT_S)
 
-    async def _watch_health(self, fleet: FleetAgent) -> None:
+    async def _watch_health(self) -> None:
         while True:
-            stalled_s = self.engine.stalled_s
-            if not self.engine.failed and stalled_s >= self.settings.hang_limit_s:
-                self.engine.give_up(f"a step has run for {stalled_s:.1f} s")
-            alive = not self.engine.failed and stalled_s < self.settings.stall_limit_s
-            await self._server.set_serving(serving=alive and not self._draining, alive=alive)
-            fleet.set_draining(draining=self._draining or not alive)
-            if self.engine.failed:
+            engine = self.engine
+            stalled_s = engine.stalled_s
+            if not engine.failed and stalled_s >= self.settings.hang_limit_s:
+                engine.give_up(f"a step has run for {stalled_s:.1f} s")
+            progress = EngineProgress(
+                failed=engine.failed,
+                stalled_s=stalled_s,
+                expected_s=engine.expected_s,
+                stuck_s=engine.stuck_s,
+            )
+            before, self._problem = self._problem, problem_of(progress, self.settings)
+            if before is None and self._problem is not None:
+                _log.warning("no progress: %s", self._problem.reason)
+            await self._publish()
+            if engine.failed:
                 self._failed.set()
             await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _publish(self) -> None:
+        """Tells health and the routers what this worker is good for now."""
+        if self._running is None:
+            return
+        leaving = self._draining or self._changing_to is not None
+        alive = self._problem is None or self._problem.alive
+        others = [name for role, name in self._services.items() if role is not self._role]
+        await self._server.set_serving(
+            serving=not leaving and self._problem is None, alive=alive, idle=others
+        )
+        # A full pool they know from the load, and weigh: where there is no other worker, its queue is the better place to wait.
+        self._running.fleet.set_draining(draining=leaving or not alive)
 
     def _describe(self, port: int, metrics_port: int) -> WorkerInfo:
         engine = self.engine.info
@@ -222,16 +301,8 @@ class WorkerHost:
             metrics_address=f"{host}:{metrics_port}",
             device=engine.device,
             version=__version__,
+            can_be=tuple(self._services),
         )
-
-
-async def _within(timeout_s: float, what: Coroutine[Any, Any, object], problem: str) -> None:
-    """Waits no longer than that: whoever stops a worker must get to its end."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await what
-    except TimeoutError:
-        _log.error("stopping: %s within %.0f s", problem, timeout_s)
 
 
 def _new_worker_id(role: Role) -> str:

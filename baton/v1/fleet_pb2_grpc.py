@@ -46,7 +46,8 @@ class FleetServiceServicer:
 
     def Join(self, request_iterator, context):
         """The worker sends Announce, then Heartbeats; it is a member from Joined until the stream ends or a lease passes without a
-        heartbeat.
+        heartbeat. A worker whose role changes sends another Announce, which differs in the role only; it stays a member, and
+        what runs on it goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,7 @@ from baton.service import logging as service_logging
 from baton.service.settings import WorkerSettings
 from baton.service.status import error_from_status_bytes, to_status
 from baton.service.worker_host import WorkerHost
-from baton.types import WorkerInfo
+from baton.types import Role, WorkerInfo
 
 MAX_CALLS = 4096
 """At once, on one actor: every attempt that waits for its KV is one."""
@@ -56,6 +56,8 @@ class ActorConfig:
     settings: WorkerSettings
     """`worker_id` is set: it names the actor."""
     engine: EngineConfig | SimConfig
+    role: Role
+    """What a worker that can take several begins with."""
     namespace: str
     num_gpus: float = 0.0
     """Share of a GPU that Ray reserves; an actor without one sees no GPU."""

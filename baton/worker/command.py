@@ -1,4 +1,4 @@
-"""`python -m prefill_worker` and `python -m decode_worker`: joins Ray, starts one worker on this node, and sees it to its end.
+"""`python -m prefill_worker`, `decode_worker` and `flex_worker`: joins Ray, starts one worker on this node, and sees it to its end.
 
 SIGTERM and SIGINT drain: new calls are refused, running ones finish within the grace, then the process exits with 0. A second
 signal ends it at once. It exits with 1, and says why, where the worker cannot start, dies, or its engine fails.
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 class Command:
     """A parsed command line."""
 
+    role: Role
     settings: WorkerSettings
     engine: EngineConfig
     ray_address: str
@@ -39,21 +40,21 @@ class Command:
     num_gpus: float
 
 
-def main(role: Role, actor: type[WorkerActor]) -> int:
-    """Returns the exit code."""
+def main(role: Role | None, actor: type[WorkerActor]) -> int:
+    """Returns the exit code. Without a role, the command line tells it."""
     # Until the event loop listens for it, SIGTERM ends the process by way of its cleanup.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         command = parse(role, sys.argv[1:], os.environ)
         service_logging.configure(command.settings, sys.stderr, os.environ)
         with _ray(command) as cluster:
-            return asyncio.run(_run(role, actor, command, cluster))
+            return asyncio.run(_run(actor, command, cluster))
     except BatonError as error:
-        _say(f"{role.value} worker: {error.message}")
+        _say(f"{'flexible' if role is None else role.value} worker: {error.message}")
         return 1
 
 
-def parse(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> Command:
+def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str]) -> Command:
     """Flags win over `BATON_*` variables, which win over the defaults. Raises `InvalidRequestError` naming a bad variable."""
     flags = _parser(role).parse_args(arguments)
     settings = WorkerSettings.from_env(
@@ -68,6 +69,7 @@ def parse(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> C
         log_format=flags.log_format and LogFormat(flags.log_format),
         log_level=flags.log_level and LogLevel(flags.log_level),
     )
+    role = role or Role(flags.role)
     if not settings.worker_id:
         made = f"{role.value}-{socket.gethostname()}-{secrets.token_hex(3)}"
         settings = replace(settings, worker_id=made)
@@ -88,6 +90,7 @@ def parse(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> C
     if num_gpus is None:
         num_gpus = 1.0 if flags.device == "cuda" else 0.0
     return Command(
+        role=role,
         settings=settings,
         engine=engine,
         ray_address=flags.ray_address or environ.get("RAY_ADDRESS", "auto"),
@@ -96,14 +99,18 @@ def parse(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> C
     )
 
 
-def _parser(role: Role) -> argparse.ArgumentParser:
+def _parser(role: Role | None) -> argparse.ArgumentParser:
     defaults = EngineConfig(model="")
+    kind = "flexible" if role is None else role.value
     parser = argparse.ArgumentParser(
-        prog=f"python -m {role.value}_worker",
-        description=f"Runs one Baton {role.value} worker as a Ray actor on this node. Settings not given here come from "
+        prog=f"python -m {'flex' if role is None else role.value}_worker",
+        description=f"Runs one Baton {kind} worker as a Ray actor on this node. Settings not given here come from "
         "BATON_<NAME> variables; see baton.service.settings.",
     )
     add = parser.add_argument
+    if role is None:
+        roles = [each.value for each in Role]
+        add("--role", choices=roles, required=True, help="what it does until it is told otherwise")
     add("--model", required=True, help="directory in Hugging Face format, or hub id")
     add("--routers", help="host:port of every router to join, comma-separated")
     add("--ray-address", help="cluster to join; 'local' starts a private one (default: auto)")
@@ -139,10 +146,12 @@ def banner(info: WorkerInfo) -> str:
     )
 
 
-async def _run(role: Role, actor: type[WorkerActor], command: Command, cluster: RayCluster) -> int:
+async def _run(actor: type[WorkerActor], command: Command, cluster: RayCluster) -> int:
+    role = command.role
     config = ActorConfig(
         settings=command.settings,
         engine=command.engine,
+        role=role,
         namespace=cluster.namespace,
         num_gpus=command.num_gpus,
     )

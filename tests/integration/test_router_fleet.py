@@ -12,7 +12,7 @@ from baton import codec
 from baton.errors import BatonError, InvalidRequestError, PreconditionError, UnavailableError
 from baton.kv.prefix import block_hashes
 from baton.service.status import error_from_rpc
-from baton.types import PrefixDelta, Role, WorkerInfo
+from baton.types import PrefixDelta, Role, WorkerId, WorkerInfo
 from baton.v1 import fleet_pb2, inference_pb2
 from tests.integration.router_fakes import PROMPT, SPEC, FakeWorker, Handoffs, cluster, expected
 
@@ -38,6 +38,44 @@ async def test_a_worker_that_joins_while_a_request_waits_takes_it() -> None:
         await asyncio.sleep(0.1)
         await here.decode("d")
         assert (await running).tokens == expected(PROMPT, 10)
+
+
+async def test_a_stopped_worker_is_avoided_before_its_lease_ends() -> None:
+    """Promise: a process that is stopped says nothing of its health; two heartbeats that did not come say it."""
+    async with cluster(heartbeat_s=0.5, lease_s=10.0) as here:
+        stopped, other = await here.decode("d1"), await here.decode("d2")
+        stopped.frozen = True
+        fleet = here.app.fleet.registry
+
+        def avoided() -> list[bool]:
+            return [worker.suspect for worker in fleet.view({}, time.monotonic()).decode]
+
+        await here.until(lambda: avoided() == [True, False])
+        for _ in range(4):
+            assert (await here.generate()).tokens == expected(PROMPT, 10)
+        assert (len(stopped.keys), len(other.keys)) == (0, 4)
+        stopped.frozen = False
+        await here.until(lambda: avoided() == [False, False])
+
+
+async def test_nothing_but_the_role_of_a_member_can_change() -> None:
+    async with cluster() as here:
+        worker = await here.decode("d")
+        call: Any = here.fleet.Join()
+        for info in (
+            replace(worker.info, worker_id=WorkerId("x")),
+            replace(worker.info, worker_id=WorkerId("x"), role=Role.PREFILL),
+            replace(worker.info, worker_id=WorkerId("x"), num_blocks=1),
+        ):
+            announce = fleet_pb2.JoinRequest.Announce(info=codec.worker_info_to_proto(info))
+            await call.write(fleet_pb2.JoinRequest(announce=announce))
+            if info.role is Role.PREFILL:
+                await here.until(lambda: here.app.fleet.registry.infos()[-1].role is Role.PREFILL)
+        await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert isinstance(error_from_rpc(refused.value), InvalidRequestError)
+        await here.until(lambda: here.members == ["d"])
 
 
 async def test_nothing_is_placed_on_a_draining_worker_and_what_runs_there_goes_on() -> None:

@@ -1,4 +1,4 @@
-"""`python -m prefill_worker` and `python -m decode_worker`: flags, and the life of the process."""
+"""`python -m prefill_worker`, `decode_worker` and `flex_worker`: flags, and the life of the process."""
 
 import os
 import re
@@ -46,9 +46,17 @@ def test_a_bad_variable_is_named() -> None:
         parse(Role.PREFILL, ["--model", "m"], {"BATON_PORT": "x"})
 
 
+def test_a_flexible_worker_is_told_its_first_role() -> None:
+    command = parse(None, ["--model", "m", "--role", "decode"], {})
+    assert command.role is Role.DECODE
+    assert command.settings.worker_id.startswith("decode-")
+    with pytest.raises(SystemExit):
+        parse(None, ["--model", "m"], {})
+
+
 @contextmanager
-def started(role: Role, log: Path, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", f"{role.value}_worker", "--ray-address", "local", *flags]
+def started(package: str, log: Path, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", package, "--ray-address", "local", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -73,9 +81,13 @@ BANNER = r"serves tales at (\S+) \(cpu, .*pid (\d+);"
 
 @pytest.mark.ray
 @pytest.mark.e2e
-def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [["prefill_worker"], ["flex_worker", "--role", "prefill"]])
+def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(
+    tmp_path: Path, start: list[str]
+) -> None:
     log = tmp_path / "log"
-    with started(Role.PREFILL, log, "--model", TALES) as process:
+    package, *flags = start
+    with started(package, log, "--model", TALES, *flags) as process:
         address, _ = wait_for(log, BANNER, process)
         with grpc.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -93,7 +105,7 @@ def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(tmp_path: Path) 
 def test_the_command_ends_when_its_worker_dies(tmp_path: Path) -> None:
     """An orchestrator learns of a dead worker from the exit code, and starts another."""
     log = tmp_path / "log"
-    with started(Role.DECODE, log, "--model", TALES) as process:
+    with started("decode_worker", log, "--model", TALES) as process:
         _, pid = wait_for(log, BANNER, process)
         os.kill(int(pid), signal.SIGKILL)
         assert process.wait(20) == 1
@@ -106,7 +118,7 @@ def test_a_model_that_cannot_be_loaded_is_named_on_exit(tmp_path: Path) -> None:
     log, model = tmp_path / "log", tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{")
-    with started(Role.DECODE, log, "--model", str(model)) as process:
+    with started("decode_worker", log, "--model", str(model)) as process:
         assert process.wait(40) == 1
     assert "config.json" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -118,7 +130,7 @@ def test_a_worker_that_loads_a_large_model_says_so_and_can_be_stopped(tmp_path: 
     """Promise: a pod's log tells a long load from a stuck one, and its end need not be awaited."""
     log, model = tmp_path / "log", tmp_path / "model"
     total_mib = hollow_checkpoint(model, num_layers=20) >> 20
-    with started(Role.DECODE, log, "--model", str(model), "--threads", "1") as process:
+    with started("decode_worker", log, "--model", str(model), "--threads", "1") as process:
         wait_for(log, rf"INFO .* loaded [\d,]+ of {total_mib:,} MiB of weights", process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, log.read_text()

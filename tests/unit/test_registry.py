@@ -261,3 +261,48 @@ class RegistryMachine(RuleBasedStateMachine):
 
 TestRegistryMachine = RegistryMachine.TestCase
 TestRegistryMachine.settings = hypothesis_settings(max_examples=40, stateful_step_count=30)
+
+
+def test_a_silent_worker_is_avoided_until_it_is_heard() -> None:
+    registry = Registry(silence_s=1.0)
+    session = registry.join(info("d"), 0.0)
+    assert not only_decode(registry, 0.9).suspect
+    assert only_decode(registry, 1.0).suspect
+    registry.heartbeat(WorkerId("d"), session, WorkerLoad(), NOTHING, draining=False, now_s=5.0)
+    assert not only_decode(registry, 5.9).suspect
+
+
+def test_a_change_of_role_keeps_load_cache_and_claims() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    hashes = {4: block_hashes(tuple(range(8)), 4)}
+    stored = PrefixDelta(stored=tuple(hashes[4]))
+    load = WorkerLoad(free_blocks=60, running_requests=1)
+    registry.heartbeat(WorkerId("d"), session, load, stored, draining=False, now_s=0.5)
+    registry.claim(claim())
+    assert registry.change_role(WorkerId("d"), session, Role.PREFILL)
+    assert not registry.change_role(WorkerId("d"), session - 1, Role.DECODE)
+    view = registry.view(hashes, 0.6)
+    assert view.decode == ()
+    (worker,) = view.prefill
+    assert (worker.cached_tokens, worker.requests, worker.info.role) == (8, 2, Role.PREFILL)
+    registry.check_integrity()
+
+
+def test_autoscaling_sees_what_prefill_was_sent_and_what_decode_computes() -> None:
+    """A request that waits for another phase is no sign that this one lacks workers."""
+    registry = Registry()
+    registry.join(info("p", Role.PREFILL), 0.0)
+    session = registry.join(info("d"), 0.0)
+    to_prefill, to_decode = claim("p"), claim("d")
+    for each in (to_prefill, to_decode):
+        registry.claim(each)
+    assert [w.queued_prefill_tokens for w in registry.sample(0.0).workers] == [0, 0]
+    registry.sent(to_prefill, 0.1)
+    registry.sent(to_decode, 0.1)
+    load = WorkerLoad(running_requests=6, waiting_requests=2, used_blocks=16, reserved_blocks=48)
+    registry.heartbeat(WorkerId("d"), session, load, NOTHING, draining=False, now_s=0.5)
+    sample = registry.sample(0.5)
+    prefill, decode = sample.workers
+    assert (prefill.queued_prefill_tokens, sample.sent_prefill_tokens) == (100, 100)
+    assert (decode.requests, decode.used_share) == (2.0, 0.25)

@@ -103,7 +103,10 @@ class FakeRouter(fleet_pb2_grpc.FleetServiceServicer):
 
     async def _read(self, requests: AsyncIterator[fleet_pb2.JoinRequest]) -> None:
         async for request in requests:
-            self.beats.append(request.heartbeat)
+            if request.HasField("announce"):
+                self.announced.append(worker_info_from_proto(request.announce.info))
+            else:
+                self.beats.append(request.heartbeat)
 
 
 @asynccontextmanager
@@ -163,8 +166,26 @@ async def test_draining_is_told_at_once_not_with_the_next_heartbeat() -> None:
         assert not router.beats[-1].draining
         agent.set_draining(draining=True)
         async with asyncio.timeout(1):
-            await agent.drained(1)
+            await agent.told(1)
         await until(lambda: router.beats[-1].draining, "the router knows")
+
+
+async def test_a_new_role_is_told_at_once_and_on_the_stream_that_is_there() -> None:
+    """Promise: a member whose role changes stays a member; a router that comes later learns the new role only."""
+    router, reporter, late = FakeRouter(), FakeReporter(), FakeRouter()
+    router.heartbeat_s = 60
+    turned = replace(INFO, role=Role.PREFILL)
+    async with routed(router) as server, member(reporter, server.port) as agent:
+        await until(lambda: router.beats, "joined")
+        agent.announce(turned)
+        await agent.told(1)
+        await until(lambda: router.announced == [INFO, turned], "the router knows")
+        assert router.left == 0
+        assert len(reporter.feeds) == 1
+        port = server.port
+        await server.stop(0)
+        async with routed(late, port):
+            await until(lambda: late.announced == [turned], "joined anew")
 
 
 async def test_every_router_is_joined_and_one_that_is_away_costs_one_log_line(

@@ -1,0 +1,30 @@
+"""The flexible worker as a Ray actor: `baton.worker.actor`, with both ends of the transfer."""
+
+from baton.kv.spec import WireKV
+from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.credits import ByteCredits
+from baton.transfer.endpoint import SourceEndpoint
+from baton.transfer.ray_store import RayTransport
+from baton.types import AttemptKey
+from baton.worker.actor import ActorConfig, WorkerActor
+from flex_worker.worker import FlexWorker
+
+
+class FlexActor(WorkerActor):
+    """Found by decode under its worker id; pulls from actors of the same namespace."""
+
+    def __init__(self, config: ActorConfig) -> None:
+        super().__init__(config)
+        budget = ByteCredits(config.settings.kv_credit_bytes)
+        transport = RayTransport(budget, config.namespace)
+        worker = FlexWorker(config.settings, config.role, self._engine, transport)
+        self._worker = worker
+        self._source = SourceEndpoint(worker)
+
+    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+        """See `KVSource.ready`."""
+        return await self._source.ready(key, timeout_s)
+
+    async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
+        """See `KVSource.pull`. Two return values, which the caller owns: the KV outlives this process."""
+        return await self._source.pull(request)
