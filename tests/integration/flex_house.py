@@ -58,6 +58,10 @@ class FlexHouse:
         """As the router knows them."""
         return {info.worker_id: info.role for info in self.app.fleet.registry.infos()}
 
+    def is_known(self, worker_id: str, role: Role) -> bool:
+        """Whether the router knows the role."""
+        return self.roles.get(worker_id) is role
+
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - conditions are of every kind

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import partial
 
 import grpc
 import pytest
@@ -74,7 +75,7 @@ async def test_roles_change_back_and_forth_under_load_and_nobody_can_tell(
                 answer = await here.set_role(name, role, drain_timeout_s)
                 assert answer.previous_role != answer.info.role
                 assert here.workers[name].host.info.role is role
-                assert here.roles[name] is role
+                await here.until(partial(here.is_known, name, role))
         stop.set()
         assert min(await asyncio.gather(*clients)) > 0
 
