@@ -90,7 +90,9 @@ async def measure(address: str, args: argparse.Namespace, seed: int, *, arrivals
         warm.gaps_s = seen.gaps_s
         at_s = start_s
         while arrivals and (at_s := at_s + rng.expovariate(args.rate)) < end_s:
-            tasks.append(asyncio.create_task(arrive(client, prompt(args.prompt_tokens), at_s, seen)))
+            tasks.append(
+                asyncio.create_task(arrive(client, prompt(args.prompt_tokens), at_s, seen))
+            )
         await asyncio.gather(*tasks)
     return seen
 
@@ -111,8 +113,8 @@ def percentile(values: list[float], share: float) -> float:
 
 def goodput(rounds: list[Round], args: argparse.Namespace) -> float:
     """Tokens a second of running streams that came within the limit."""
-    good = sum(sum(gap <= args.itl_limit_s for gap in each.gaps_s) for each in rounds)
-    return good / (len(rounds) * args.seconds)
+    seconds: float = len(rounds) * args.seconds
+    return sum(sum(gap <= args.itl_limit_s for gap in each.gaps_s) for each in rounds) / seconds
 
 
 def summary_of(calm: list[Round], busy: list[Round], args: argparse.Namespace) -> dict[str, float]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -167,7 +167,7 @@ def load_decoder(
     def tensor(name: str) -> Tensor:
         nonlocal loaded
         stored = checkpoint.tensors[name]
-        value = _read_tensor(stored.file, name)
+        value = files.read(stored.file, name)
         # The sum is finite only where every element is, and takes one pass.
         if not value.sum(dtype=torch.float32).isfinite():
             raise ModelLoadError(
@@ -179,16 +179,29 @@ def load_decoder(
         # Always a copy: the file may change or go once the model is loaded.
         return value.to(device=device, dtype=dtype, copy=True)
 
-    return build_decoder(config, tensor, prefix=prefix, context_tokens=context_tokens)
+    with ExitStack() as stack:
+        files = _OpenFiles(stack)
+        return build_decoder(config, tensor, prefix=prefix, context_tokens=context_tokens)
 
 
-def _read_tensor(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            value: Tensor = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(str(path), f"cannot be read: {error}") from error
-    return value
+class _OpenFiles:
+    """A checkpoint's files, each opened once: to open one costs as much as its header is long."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        """They are closed with the stack."""
+        self._stack = stack
+        self._files: dict[Path, safe_open] = {}
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """Raises `ModelLoadError`."""
+        try:
+            if path not in self._files:
+                opened = safe_open(path, framework="pt", device="cpu")
+                self._files[path] = self._stack.enter_context(opened)
+            value: Tensor = self._files[path].get_tensor(name)  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(str(path), f"cannot be read: {error}") from error
+        return value
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
