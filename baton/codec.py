@@ -327,6 +327,8 @@ def load_to_proto(load: WorkerLoad) -> pb.WorkerLoad:
         reserved_blocks=load.reserved_blocks,
         used_blocks=load.used_blocks,
         in_flight_blocks=load.in_flight_blocks,
+        prefill_tokens_per_second=load.prefill_tokens_per_s,
+        decode_step_seconds=load.decode_step_s,
     )
 
 
@@ -340,6 +342,8 @@ def load_from_proto(message: pb.WorkerLoad) -> WorkerLoad:
         reserved_blocks=message.reserved_blocks,
         used_blocks=message.used_blocks,
         in_flight_blocks=message.in_flight_blocks,
+        prefill_tokens_per_s=message.prefill_tokens_per_second,
+        decode_step_s=message.decode_step_seconds,
     )
 
 

@@ -150,6 +150,10 @@ class WorkerLoad:
     """Held by sequences being computed."""
     in_flight_blocks: int = 0
     """Hold finished KV that waits to be handed over."""
+    prefill_tokens_per_s: float = 0.0
+    """Prompt tokens computed in a second of steps that compute any, lately; 0 where none was."""
+    decode_step_s: float = 0.0
+    """Mean length of the steps that generate tokens, lately; 0 where none was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

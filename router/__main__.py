@@ -11,7 +11,7 @@ import sys
 
 from baton.errors import BatonError
 from baton.service.logging import configure
-from baton.service.settings import RouterSettings
+from baton.service.settings import PlacementPolicy, RouterSettings
 from router.app import RouterApp, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -61,6 +61,12 @@ def _settings(arguments: list[str]) -> RouterSettings:
     parser.add_argument("--model-name", help="what clients call the model")
     parser.add_argument("--listen", help="host:port; port 0 takes a free one")
     parser.add_argument("--metrics-port", type=int)
+    parser.add_argument(
+        "--placement",
+        type=PlacementPolicy,
+        metavar="|".join(policy.value for policy in PlacementPolicy),
+        help="how workers are chosen",
+    )
     parser.add_argument("--drain-grace", type=float, metavar="SECONDS")
     given = parser.parse_args(arguments)
     host, port = None, None
@@ -77,6 +83,7 @@ def _settings(arguments: list[str]) -> RouterSettings:
         port=port,
         metrics_port=given.metrics_port,
         drain_grace_s=given.drain_grace,
+        placement=given.placement,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Timeline
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
@@ -64,10 +65,12 @@ class Answer:
         metrics: RouterMetrics,
         timeline: Timeline,
         deadline_s: float,
+        hashes: SequenceHashes,
         resumption: Resumption = NOTHING,
     ) -> None:
-        """`deadline_s` is on the monotonic clock; to keep it is the caller's part."""
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's."""
         self._request = request
+        self._hashes = hashes
         self._fleet = fleet
         self._held = resumption.held
         self.outputs: list[Output] = []
@@ -83,6 +86,7 @@ class Answer:
             output = Output(
                 text,
                 request.sampling.max_tokens,
+                max_unread_bytes=settings.max_unread_bytes,
                 choice=choice,
                 known_tokens=known.tokens,
                 known_characters=known.characters,
@@ -96,6 +100,7 @@ class Answer:
                 settings=settings,
                 metrics=metrics,
                 deadline_s=deadline_s,
+                hashes=hashes.fork(),
                 choice=choice,
                 held=resumption.held.get(choice),
             )
@@ -153,4 +158,4 @@ class Answer:
         await first.prompt_cached.wait()
         if first.decode_worker:
             # Its next heartbeat will say so too, but the other completions are placed now.
-            self._fleet.note_cached(first.decode_worker, self._request.prompt)
+            self._fleet.note_cached(first.decode_worker, self._hashes)

@@ -15,16 +15,19 @@ from baton.service.metrics import RouterMetrics
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings
 from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
+from router.admission import Admission
 from router.autoscaler import Autoscaler
 from router.fleet import Fleet, FleetServicer
 from router.model import ServedModel
-from router.placement import LoadAware, Policy
+from router.placement import Policy
+from router.policies import policy_of
 from router.requests import RequestTable
 from router.servicer import InferenceServicer
 from router.sessions.location import open_store
 from router.sessions.manager import SessionManager
 from router.sessions.metrics import SessionMetrics
 from router.sessions.servicer import SessionServicer
+from router.tenants import LimitsOf, unlimited
 from router.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -40,20 +43,29 @@ class RouterApp:
     """See the module docstring."""
 
     def __init__(
-        self, settings: RouterSettings, tokenizer: Tokenizer, policy: Policy | None = None
+        self,
+        settings: RouterSettings,
+        tokenizer: Tokenizer,
+        policy: Policy | None = None,
+        limits: LimitsOf = unlimited,
     ) -> None:
-        """`policy` places requests; None is the default one."""
+        """`policy` places requests; None is the one that the settings name. `limits` are each tenant's."""
         self._settings = settings
         self.metrics = RouterMetrics()
         self.model = ServedModel(settings, tokenizer)
         self.fleet = Fleet(
             settings,
-            policy or LoadAware(local_prefill_tokens=settings.local_prefill_tokens),
+            policy
+            or policy_of(settings.placement, local_prefill_tokens=settings.local_prefill_tokens),
             self.metrics,
         )
-        self.table = RequestTable(
-            max_running=settings.max_running, max_queued=settings.max_queued, metrics=self.metrics
+        admission = Admission(
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            ageing_s=settings.priority_ageing_s,
+            limits=limits,
         )
+        self.table = RequestTable(admission, self.metrics)
         self._server = GrpcServer(settings, [INFERENCE_SERVICE, SESSION_SERVICE, FLEET_SERVICE])
         self._sessions: SessionManager | None = None
         self.metrics_port = 0

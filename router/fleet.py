@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ import grpc
 
 from baton import codec
 from baton.errors import FieldViolation, InvalidRequestError, PreconditionError, UnavailableError
-from baton.kv.prefix import block_hashes
+from baton.kv.prefix import SequenceHashes
 from baton.service.channel import open_channel
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
@@ -26,7 +26,14 @@ from baton.types import PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
 from baton.v1 import fleet_pb2, fleet_pb2_grpc
 from router.members import Member, Pair
 from router.model import ServedModel
-from router.placement import NoWorker, Placement, PlaceRequest, Policy, Resident
+from router.placement import (
+    FleetView,
+    NoWorker,
+    Placement,
+    PlaceRequest,
+    Policy,
+    Resident,
+)
 from router.registry import Claim, Registry
 
 _log = logging.getLogger(__name__)
@@ -125,20 +132,28 @@ class Fleet:
 
     def place(
         self,
-        tokens: Sequence[int],
+        hashes: SequenceHashes,
         *,
-        avoid: frozenset[WorkerId],
-        digest: str | None,
+        avoid: frozenset[WorkerId] = frozenset(),
+        digest: str | None = None,
         resident: Resident | None = None,
     ) -> Placement | NoWorker:
         """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments."""
-        hashes = {size: block_hashes(tokens, size) for size in self.registry.block_sizes()}
-        view = self.registry.view(hashes, time.monotonic())
-        if resident is not None:
-            view = view.knowing(resident)
         self._turn += 1
-        request = PlaceRequest(num_tokens=len(tokens), turn=self._turn, avoid=avoid, digest=digest)
-        return self._policy.place(view, request)
+        request = PlaceRequest(
+            num_tokens=len(hashes),
+            turn=self._turn,
+            avoid=avoid,
+            digest=digest,
+            last_decode=None if resident is None else resident.worker_id,
+        )
+        return self._policy.place(self._view(hashes, resident), request)
+
+    def predicted_ttft_s(self, hashes: SequenceHashes, resident: Resident | None) -> float | None:
+        """From now to the first token, were a sequence placed now; None where that is not known."""
+        request = PlaceRequest(num_tokens=len(hashes), turn=self._turn)
+        placement = self._policy.place(self._view(hashes, resident), request)
+        return placement.predicted_ttft_s if isinstance(placement, Placement) else None
 
     @contextmanager
     def hold(self, placement: Placement, num_tokens: int, *, moves: bool = False) -> Iterator[Held]:
@@ -147,11 +162,12 @@ class Fleet:
         """
         decode, prefill = placement.decode, placement.prefill
         computes = prefill is None and not moves
-        local_tokens = num_tokens - decode.cached_tokens if computes else 0
+        local_tokens = num_tokens - placement.skip_tokens if computes else 0
         claims = [_claim(decode.info, local_tokens, num_tokens)]
         pair = Pair(None, self._members[decode.info.worker_id])
         if prefill is not None:
-            claims.append(_claim(prefill.info, num_tokens - prefill.cached_tokens, num_tokens))
+            tokens = num_tokens - placement.prefill_cached_tokens
+            claims.append(_claim(prefill.info, tokens, num_tokens))
             pair = Pair(self._members[prefill.info.worker_id], pair.decode)
         for claim in claims:
             self.registry.claim(claim)
@@ -161,10 +177,10 @@ class Fleet:
             for claim in claims:
                 self.registry.release(claim)
 
-    def note_cached(self, worker_id: WorkerId, tokens: Sequence[int]) -> None:
+    def note_cached(self, worker_id: WorkerId, hashes: SequenceHashes) -> None:
         """A worker was seen to hold a sequence's KV; its heartbeats go on from there."""
         for size in self.registry.block_sizes():
-            self.registry.note_cached(worker_id, size, block_hashes(tokens, size))
+            self.registry.note_cached(worker_id, size, hashes.of(size))
 
     def decode_members(self) -> list[Member]:
         """Whoever can hold a request's attempts: the draining ones too, and those that turned to prefill since."""
@@ -202,6 +218,11 @@ class Fleet:
             self.leave(member, "the router stops")
         while self._closing:
             await asyncio.wait(self._closing)
+
+    def _view(self, hashes: SequenceHashes, resident: Resident | None) -> FleetView:
+        by_size = {size: hashes.of(size) for size in self.registry.block_sizes()}
+        view = self.registry.view(by_size, time.monotonic())
+        return view if resident is None else view.knowing(resident)
 
     def _tell(self) -> None:
         self._changed.set()
@@ -296,4 +317,5 @@ def _claim(info: WorkerInfo, prefill_tokens: int, num_tokens: int) -> Claim:
         worker_id=info.worker_id,
         prefill_tokens=max(0, prefill_tokens),
         blocks=-(-num_tokens // info.block_size_tokens),
+        made_at_s=time.monotonic(),
     )

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from baton.errors import BatonError, DrainingError, UnavailableError
+from baton.errors import BatonError, CapacityError, DrainingError, UnavailableError
+from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
 from baton.service.logging import for_request
 from baton.service.metrics import RouterMetrics
@@ -78,13 +79,15 @@ class Generation:
         settings: RouterSettings,
         metrics: RouterMetrics,
         deadline_s: float,
+        hashes: SequenceHashes,
         choice: int = 0,
         held: HeldAttempt | None = None,
     ) -> None:
-        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `held` is to be gone on with; the output is empty all
-        the same.
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's, and belong to the
+        generation from now on. `held` is to be gone on with; the output is empty all the same.
         """
         self._request = request
+        self._hashes = hashes
         self._sampling = replace(request.sampling, choice=choice)
         self._held = held
         self._output = output
@@ -154,24 +157,25 @@ class Generation:
 
     def _elsewhere(self) -> bool:
         """Whether a decode worker could go on with this request now."""
-        tokens = self._request.prompt + tuple(self._output.generated)
-        return not isinstance(
-            self._fleet.place(tokens, avoid=frozenset(self._avoid), digest=self._digest), NoWorker
+        return not isinstance(self._choose(), NoWorker)
+
+    def _choose(self) -> Placement | NoWorker:
+        hashed = len(self._hashes) - len(self._request.prompt)
+        self._hashes.extend(self._output.generated[hashed:])
+        return self._fleet.place(
+            self._hashes,
+            avoid=frozenset(self._avoid),
+            digest=self._digest,
+            # Once an attempt has failed, only what workers say counts.
+            resident=None if self.reports else self._request.resident,
         )
 
     async def _place(self) -> Placement:
         """Waits, within limits, for workers that can take the request."""
         self._stage = lambda: "placement"
-        tokens = self._request.prompt + tuple(self._output.generated)
         end_s = time.monotonic() + self._settings.worker_wait_s
         while True:
-            placed = self._fleet.place(
-                tokens,
-                avoid=frozenset(self._avoid),
-                digest=self._digest,
-                # Once an attempt has failed, only what workers say counts.
-                resident=None if self.reports else self._request.resident,
-            )
+            placed = self._choose()
             if not isinstance(placed, NoWorker):
                 return placed
             if not await self._fleet.wait_for_change(end_s - time.monotonic()):
@@ -222,6 +226,8 @@ class Generation:
                 elsewhere=self._elsewhere,
             )
             await self._run(attempt, placement.decode.info)
+        if not generated and attempt.failure is None:
+            self._compare(placement.predicted_ttft_s)
         prefill = placement.prefill
         prefill_worker = "" if prefill is None else prefill.info.worker_id
         return self._outcome(attempt, prefill_worker, placement.decode.info, len(generated))
@@ -233,12 +239,19 @@ class Generation:
         self.stats = attempt.stats
         await attempt.run()
 
+    def _compare(self, predicted_ttft_s: float | None) -> None:
+        ttft_s = self._timeline.between_s(Event.PLACED, Event.FIRST_TOKEN)
+        if predicted_ttft_s is not None and ttft_s is not None:
+            self._metrics.record_ttft_error(ttft_s - predicted_ttft_s)
+
     def _outcome(
         self, attempt: Attempt, prefill_worker: str, decode: WorkerInfo, resumed_tokens: int
     ) -> tuple[Failure | None, FinishReason | None]:
         reason = self._output.end or attempt.finish_reason
         # An output that has its last token is complete, even if its worker died before saying so.
         failure = None if reason is not None else attempt.failure
+        if reason is None and self._output.overflowed:
+            raise CapacityError("the client does not read its stream")
         if reason is None and attempt.left is not None:
             self._moved = attempt.left
             failure = Failure(DrainingError("decode drains; its KV moves on"), decode.worker_id)

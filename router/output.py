@@ -15,6 +15,8 @@ from router.text import OutputText
 
 MAX_PIECE_TOKENS = 256
 """Bounds a message: with 20 log-probabilities for each token, about 100 kB."""
+TOKEN_BYTES = 4
+LOGPROB_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,18 @@ class Output:
         text: OutputText,
         max_tokens: int,
         *,
+        max_unread_bytes: int,
         choice: int = 0,
         known_tokens: int = 0,
         known_characters: int = 0,
     ) -> None:
-        """So many tokens, and so many characters of their text, the client has: they are taken in, but not given out."""
+        """So many tokens, and so many characters of their text, the client has: they are taken in, but not given out.
+        `max_unread_bytes` bounds what is held for the stream, in bytes of its messages.
+        """
         self._text = text
         self._max_tokens = max_tokens
+        self._max_unread_bytes = max_unread_bytes
+        self._unread_bytes = 0
         self._choice = choice
         self._known_tokens = known_tokens
         self._known_characters = known_characters
@@ -69,9 +76,14 @@ class Output:
         """All of its text so far."""
         return "".join(self._said)
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the stream takes so little that the output is given up."""
+        return self._unread_bytes > self._max_unread_bytes
+
     def put(self, chunk: TokenChunk) -> bool:
-        """Takes the next tokens. True where no more are wanted: a stop string was met, which workers cannot see, or a worker went on
-        past the end. Where a token ends the output, the worker knows, and its own word is waited for.
+        """Takes the next tokens. True where no more are wanted: a stop string was met, which workers cannot see, a worker went on past
+        the end, or the stream does not take what is there. Where a token ends the output, the worker knows, and its own word is waited for.
         """
         room = self._max_tokens - len(self.generated)
         update = self._text.push(chunk.token_ids[:room])
@@ -86,7 +98,8 @@ class Output:
         if taken.token_ids:
             self.generated.extend(taken.token_ids)
             self._add(update.text, taken)
-        return self.stop is not None or len(taken.token_ids) < len(chunk.token_ids)
+        cut = len(taken.token_ids) < len(chunk.token_ids)
+        return cut or self.stop is not None or self.overflowed
 
     def finish(self) -> None:
         """The output is complete: gives out the text that was held back."""
@@ -115,6 +128,8 @@ class Output:
         piece = self._pieces.pop(0)
         while self._pieces and _length(piece) + _length(self._pieces[0]) <= MAX_PIECE_TOKENS:
             piece = _joined(piece, self._pieces.pop(0))
+        if not self.overflowed:
+            self._unread_bytes -= _bytes(piece)
         return piece
 
     def _add(self, text: str, tokens: TokenChunk | None) -> None:
@@ -124,7 +139,9 @@ class Output:
         if tokens is not None and tokens.first_index < self._known_tokens:
             tokens = _after(tokens, self._known_tokens)
         if fresh or tokens is not None:
-            self._pieces.append(Piece(fresh, tokens, self._choice))
+            piece = Piece(fresh, tokens, self._choice)
+            self._unread_bytes += _bytes(piece)
+            self._pieces.append(piece)
             self._on_change()
 
 
@@ -161,6 +178,14 @@ def _after(chunk: TokenChunk, index: int) -> TokenChunk | None:
 
 def _length(piece: Piece) -> int:
     return 0 if piece.tokens is None else len(piece.tokens.token_ids)
+
+
+def _bytes(piece: Piece) -> int:
+    """About what it takes on the wire; joining pieces does not change it."""
+    if piece.tokens is None:
+        return len(piece.text)
+    entries = sum(1 + len(position.top) for position in piece.tokens.logprobs)
+    return len(piece.text) + TOKEN_BYTES * len(piece.tokens.token_ids) + LOGPROB_BYTES * entries
 
 
 def _joined(first: Piece, second: Piece) -> Piece:

@@ -1,14 +1,15 @@
 """Which workers compute a request: pure decisions over an immutable view of the fleet. No clock, no I/O, no await.
 
-    place(view, request) -> Placement(prefill | None, decode) | NoWorker(reason)
+    policy.place(view, request) -> Placement(prefill | None, decode, skip_tokens, predicted_ttft_s) | NoWorker(reason)
 
-What every policy upholds: a draining worker gets nothing; prefill and decode share a KV digest; a request that has tokens
-stays with the digest that made them; a worker that failed this request, that is under suspicion, or that could never hold the
-sequence is taken only where there is no other way; and decode computes the prompt itself where it lacks little of it, or
-where no sound prefill worker is there. Between the pairs that remain, the policy chooses.
+What every policy upholds, by taking its choice from `candidates`: a draining worker gets nothing; prefill and decode share a KV
+digest; a request that has tokens stays with the digest that made them; a worker that failed this request, that is under
+suspicion, or that could never hold the sequence is taken only where there is no other way; and decode computes the prompt
+itself where it lacks little of it, or where no sound prefill worker is there. Between what remains, the policy chooses;
+`router.policies` has them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -17,24 +18,37 @@ from baton.types import Role, WorkerId, WorkerInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
-    """A worker as one request sees it."""
+    """A worker at one instant, the same for every request."""
 
     info: WorkerInfo
+    longest_tokens: int
+    """Longest sequence that it can take."""
     draining: bool = False
     suspect: bool = False
     """It failed an attempt a moment ago, or is silent."""
     requests: int = 0
     """Running, waiting and on their way."""
-    queued_prefill_tokens: int = 0
-    """Tokens ahead of this request that the worker has yet to compute."""
+    queued_prefill_tokens: float = 0.0
+    """Tokens that the worker had yet to compute at `as_of_s`, those on their way included."""
+    as_of_s: float = 0.0
+    """Monotonic clock."""
     free_blocks: int = 0
-    """Free, or holding no more than a reusable prefix."""
-    cached_tokens: int = 0
-    """Leading tokens of this request that its prefix cache holds."""
+    """Hold nothing, and nothing on its way will take them."""
+    reclaimable_blocks: int = 0
+    """Hold no more than a reusable prefix, which is lost where they are taken."""
+    prefill_tokens_per_s: float = 0.0
+    """Measured by it, or typical of its role where it has measured nothing; 0 where nobody has."""
+    decode_step_s: float = 0.0
+    """Mean length of its steps that generate; 0 where it has not measured any."""
 
     @property
     def digest(self) -> str:
         return self.info.spec.digest
+
+    def queued_at(self, now_s: float) -> float:
+        """Tokens ahead of a request that comes at `now_s`: a worker that has work is doing it."""
+        done = self.prefill_tokens_per_s * (now_s - self.as_of_s)
+        return max(0.0, self.queued_prefill_tokens - done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +65,20 @@ class FleetView:
 
     prefill: tuple[WorkerView, ...]
     decode: tuple[WorkerView, ...]
+    cached: Mapping[WorkerId, int] = field(default_factory=dict)
+    """Leading tokens of the request that a worker's prefix cache holds; who is absent holds none."""
+    now_s: float = 0.0
+    """Monotonic clock."""
 
     def knowing(self, resident: Resident) -> "FleetView":
         """The view in which that decode worker holds that KV, as far as it fills blocks."""
-        return replace(self, decode=tuple(_knowing(worker, resident) for worker in self.decode))
+        for worker in self.decode:
+            if worker.info.worker_id == resident.worker_id:
+                size = worker.info.block_size_tokens
+                left = resident.num_tokens // size * size
+                known = self.cached.get(resident.worker_id, 0)
+                return replace(self, cached={**self.cached, resident.worker_id: max(known, left)})
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +93,8 @@ class PlaceRequest:
     """Workers that failed earlier attempts."""
     digest: str | None = None
     """Set where tokens were generated: only this KV digest continues them."""
+    last_decode: WorkerId | None = None
+    """Where the session's last turn was decoded: taken before its equals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +104,12 @@ class Placement:
     prefill: WorkerView | None
     """None: decode computes the prompt itself."""
     decode: WorkerView
+    prefill_cached_tokens: int = 0
+    """Leading tokens that prefill need not compute."""
+    skip_tokens: int = 0
+    """Leading tokens that decode holds: they need not be shipped, nor computed where decode computes."""
+    predicted_ttft_s: float | None = None
+    """From now to the first token; None where no speed is known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,148 +127,80 @@ class Policy(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadAware:
-    """The default: least estimated work between now and the first token, then least crowding in decode. Everything is weighed in
-    tokens of prefill.
-    """
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The workers that a policy may choose from, another one first each turn, so that equals take turns."""
 
-    local_prefill_tokens: int = 32
-    """Decode computes the prompt itself where it lacks at most so many tokens."""
-    request_weight: float = 24.0
-    """What one more request on a decode worker costs the ones that run there."""
-    handoff_weight: float = 0.05
-    """Shipping the KV of a token within a node."""
-    distant_handoff_weight: float = 0.25
-    """Shipping it between nodes."""
-    full_weight: float = 8.0
-    """A token for which decode has no free block: somebody must finish first."""
-    interference_weight: float = 3.0
-    """A prompt's token computed on a decode worker, where every running request waits for it."""
-
-    def place(self, view: FleetView, request: PlaceRequest) -> Placement | NoWorker:
-        best: tuple[float, int] | None = None
-        chosen: Placement | None = None
-        pairs = _pairs(view, request, self.local_prefill_tokens, self._prefill_cost)
-        if isinstance(pairs, NoWorker):
-            return pairs
-        for order, pair in enumerate(_rotated(pairs, request.turn)):
-            cost = (self._pair_cost(pair, request), order)
-            if best is None or cost < best:
-                best, chosen = cost, pair
-        assert chosen is not None
-        return chosen
-
-    def _prefill_cost(self, worker: WorkerView, request: PlaceRequest) -> float:
-        return worker.queued_prefill_tokens + _uncached(worker, request)
-
-    def _pair_cost(self, pair: Placement, request: PlaceRequest) -> float:
-        decode, prefill = pair.decode, pair.prefill
-        lacking = _uncached(decode, request)
-        size = decode.info.block_size_tokens
-        missing_tokens = max(0, -(-lacking // size) - decode.free_blocks) * size
-        cost = self.request_weight * decode.requests + self.full_weight * missing_tokens
-        if prefill is None:
-            return cost + decode.queued_prefill_tokens + self.interference_weight * lacking
-        near = prefill.info.node == decode.info.node
-        weight = self.handoff_weight if near else self.distant_handoff_weight
-        return (
-            cost
-            + self._prefill_cost(prefill, request)
-            + weight * lacking
-            # Prompts computed in decode's own batch delay each of its steps.
-            + decode.queued_prefill_tokens
-        )
+    prefill: Mapping[str, Sequence[WorkerView]]
+    """By KV digest; a digest that is absent has no sound prefill worker."""
+    decode: Sequence[WorkerView]
+    """At least one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundRobin:
-    """Each in turn, whatever their load: a baseline to compare with."""
-
-    local_prefill_tokens: int = 32
-    """Decode computes the prompt itself where it lacks at most so many tokens."""
-
-    def place(self, view: FleetView, request: PlaceRequest) -> Placement | NoWorker:
-        def no_preference(_worker: WorkerView, _request: PlaceRequest) -> float:
-            return 0.0
-
-        pairs = _pairs(view, request, self.local_prefill_tokens, no_preference)
-        if isinstance(pairs, NoWorker):
-            return pairs
-        decodes = sorted({pair.decode.info.worker_id for pair in pairs})
-        decode_id = decodes[request.turn % len(decodes)]
-        return next(
-            pair
-            for pair in _rotated(pairs, request.turn)
-            if pair.decode.info.worker_id == decode_id
-        )
-
-
-def _knowing(worker: WorkerView, resident: Resident) -> WorkerView:
-    if worker.info.worker_id != resident.worker_id:
-        return worker
-    size = worker.info.block_size_tokens
-    return replace(
-        worker, cached_tokens=max(worker.cached_tokens, resident.num_tokens // size * size)
-    )
-
-
-class _PrefillCost(Protocol):
-    def __call__(self, worker: WorkerView, request: PlaceRequest, /) -> float: ...
-
-
-def _pairs(
-    view: FleetView, request: PlaceRequest, local_tokens: int, prefill_cost: _PrefillCost
-) -> list[Placement] | NoWorker:
-    """The pairs worth comparing; at least one. For each decode worker: itself alone, or the cheapest prefill workers of its digest
-    on its node and anywhere, so that the work is linear in the fleet.
-    """
-    decodes = [w for w in view.decode if _usable(w, request)]
-    if not decodes:
+def candidates(view: FleetView, request: PlaceRequest) -> Candidates | NoWorker:
+    """What the module docstring promises of every policy. Linear in the fleet."""
+    prefill, decode = _by_trouble(view.prefill, request), _by_trouble(view.decode, request)
+    if not decode:
         return NoWorker(_why_none(view.decode, request))
-    decodes = _soundest(decodes, request)
-    prefills = [w for w in view.prefill if _usable(w, request) and _trouble(w, request) == 0]
-    nearest: dict[tuple[str, str], WorkerView] = {}
-    anywhere: dict[str, WorkerView] = {}
-    for worker in _rotated(prefills, request.turn):
-        cost = prefill_cost(worker, request)
-        place = (worker.digest, worker.info.node)
-        if place not in nearest or cost < prefill_cost(nearest[place], request):
-            nearest[place] = worker
-        if worker.digest not in anywhere or cost < prefill_cost(anywhere[worker.digest], request):
-            anywhere[worker.digest] = worker
-    pairs = []
-    for decode in decodes:
-        if _uncached(decode, request) <= local_tokens or decode.digest not in anywhere:
-            pairs.append(Placement(None, decode))
-            continue
-        near = nearest.get((decode.digest, decode.info.node))
-        far = anywhere[decode.digest]
-        pairs.extend(Placement(p, decode) for p in _distinct(near, far))
-    return pairs
+    soundest = decode[min(decode)]
+    by_digest: dict[str, list[WorkerView]] = {}
+    for worker in rotated(prefill.get(0, ()), request.turn):
+        by_digest.setdefault(worker.info.spec.digest, []).append(worker)
+    return Candidates(by_digest, rotated(soundest, request.turn))
 
 
-def _usable(worker: WorkerView, request: PlaceRequest) -> bool:
-    return not worker.draining and request.digest in (None, worker.digest)
+def placed(
+    view: FleetView, request: PlaceRequest, prefill: WorkerView | None, decode: WorkerView
+) -> Placement:
+    """The choice, with what follows from it."""
+    skip = view.cached.get(decode.info.worker_id, 0)
+    cached = 0 if prefill is None else view.cached.get(prefill.info.worker_id, 0)
+    computing, held = (decode, skip) if prefill is None else (prefill, cached)
+    predicted_s = None
+    if computing.prefill_tokens_per_s > 0:
+        tokens = computing.queued_at(view.now_s) + lacking(request, held)
+        predicted_s = tokens / computing.prefill_tokens_per_s
+    return Placement(prefill, decode, cached, skip, predicted_s)
 
 
-def _trouble(worker: WorkerView, request: PlaceRequest) -> int:
-    """0 is sound; of troubled workers, the least troubled is taken first."""
-    pool_tokens = worker.info.num_blocks * worker.info.block_size_tokens
+def lacking(request: PlaceRequest, cached_tokens: int) -> int:
+    """Tokens to compute where so many are cached; the last one always is, for its logits."""
+    return max(1, request.num_tokens - cached_tokens)
+
+
+_T = TypeVar("_T")
+
+
+def rotated(items: Sequence[_T], turn: int) -> Sequence[_T]:
+    """All items, beginning with another one each turn."""
+    start = turn % len(items) if items else 0
+    return [*items[start:], *items[:start]]
+
+
+def longest_tokens(info: WorkerInfo) -> int:
+    """Longest sequence that a worker can take, with room to go on."""
+    limit = min(info.num_blocks * info.block_size_tokens, info.max_context_tokens)
     # At its own limit a prefill worker would end the request, though decode may have room.
-    tokens = request.num_tokens + (1 if worker.info.role is Role.PREFILL else 0)
-    too_small = tokens >= min(pool_tokens, worker.info.max_context_tokens)
-    return 4 * too_small + 2 * (worker.info.worker_id in request.avoid) + worker.suspect
+    return limit - (2 if info.role is Role.PREFILL else 1)
 
 
-def _soundest(workers: Sequence[WorkerView], request: PlaceRequest) -> list[WorkerView]:
-    least = min(_trouble(w, request) for w in workers)
-    return [w for w in workers if _trouble(w, request) == least]
-
-
-def _uncached(worker: WorkerView, request: PlaceRequest) -> int:
-    """Tokens to compute; the last one always is, for its logits."""
-    return max(1, request.num_tokens - worker.cached_tokens)
+def _by_trouble(
+    workers: Sequence[WorkerView], request: PlaceRequest
+) -> Mapping[int, Sequence[WorkerView]]:
+    """Workers that may be used at all, by how much speaks against each; 0 is sound."""
+    digest, avoid, num_tokens = request.digest, request.avoid, request.num_tokens
+    sound: list[WorkerView] = []
+    found = {0: sound}
+    for worker in workers:
+        if worker.draining or (digest is not None and digest != worker.info.spec.digest):
+            continue
+        too_long = num_tokens > worker.longest_tokens
+        if not (too_long or worker.suspect or (avoid and worker.info.worker_id in avoid)):
+            sound.append(worker)
+            continue
+        trouble = 4 * too_long + 2 * (worker.info.worker_id in avoid) + worker.suspect
+        found.setdefault(trouble, []).append(worker)
+    return {trouble: group for trouble, group in found.items() if group}
 
 
 def _why_none(workers: Sequence[WorkerView], request: PlaceRequest) -> str:
@@ -247,17 +211,3 @@ def _why_none(workers: Sequence[WorkerView], request: PlaceRequest) -> str:
     if request.digest is not None:
         return "no decode worker has the KV digest that the request began with"
     raise AssertionError("a usable decode worker was left out")
-
-
-_T = TypeVar("_T")
-
-
-def _rotated(items: Sequence[_T], turn: int) -> Iterator[_T]:
-    """All items, beginning with another one each turn: equals take turns."""
-    start = turn % len(items) if items else 0
-    yield from items[start:]
-    yield from items[:start]
-
-
-def _distinct(near: WorkerView | None, far: WorkerView) -> Iterable[WorkerView]:
-    return (far,) if near is None or near is far else (near, far)

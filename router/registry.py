@@ -1,7 +1,8 @@
 """The fleet as the router knows it: who is a member, how busy each worker is, what its prefix cache holds, whom to avoid.
 
 Pure state transitions: no clock, no I/O, no await; `now_s` is the monotonic clock. Owned by `router.fleet` and used on the
-router's event loop only. Placement sees it through `view`, an immutable snapshot.
+router's event loop only. Placement sees it through `view`, an immutable snapshot; a worker's part of it is made anew only where
+that worker changed, so that a view costs little in a large fleet.
 
 A heartbeat tells what a worker knew when it was sent. Requests placed since are *claims*: they weigh on the worker at once,
 until a heartbeat is late enough to include them or the claim is released. Invariant: without claims, no worker carries
@@ -9,12 +10,17 @@ claimed load.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.types import BlockHash, PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
 from router.autoscale import FleetSample, WorkerSample
-from router.placement import FleetView, WorkerView
+from router.placement import FleetView, WorkerView, longest_tokens
+from router.prefix_index import PrefixIndex
+
+TYPICAL_MEMORY = 0.98
+"""What each report leaves of the weight of those before it in a role's typical speed."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -26,6 +32,8 @@ class Claim:
     """Tokens that the worker will compute before it can generate."""
     blocks: int
     """Pool blocks it will hold."""
+    made_at_s: float = 0.0
+    """When it was placed."""
     sent_at_s: float | None = None
     """When the worker was called; None while that is still to come."""
 
@@ -33,14 +41,14 @@ class Claim:
 @dataclass(slots=True)
 class _Worker:
     info: WorkerInfo
+    longest_tokens: int
     session: int
     heard_at_s: float
     """When the last heartbeat came."""
     load: WorkerLoad
     draining: bool = False
-    cached: set[BlockHash] = field(default_factory=set)
-    hidden: set[Claim] = field(default_factory=set)
-    """Claims that the load does not include yet."""
+    hidden: dict[Claim, None] = field(default_factory=dict)
+    """Claims that the load does not include yet, in order of making."""
     failed_at_s: float | None = None
     """Set while under suspicion."""
 
@@ -54,15 +62,35 @@ class Registry:
         self._silence_s = silence_s
         self._sent_prefill_tokens = 0
         self._workers: dict[WorkerId, _Worker] = {}
+        self._views: dict[Role, dict[WorkerId, WorkerView]] = {role: {} for role in Role}
+        self._stale: dict[WorkerId, None] = {}
+        """Members whose view is not what they are now."""
+        self._suspects: set[WorkerId] = set()
+        self._heard: OrderedDict[WorkerId, None] = OrderedDict()
+        """Members, the one first whose last heartbeat is the longest ago."""
+        self._silent: set[WorkerId] = set()
+        """Members whose view says that they are silent."""
+        self._prefixes: dict[int, PrefixIndex] = {}
+        """By block size."""
+        self._typical_tokens_per_s: dict[Role, float] = dict.fromkeys(Role, 0.0)
         self._sessions = 0
 
     def join(self, info: WorkerInfo, now_s: float) -> int:
         """Makes a worker a member, in place of an earlier session of the same id; returns the session. Until its first heartbeat it
         counts as idle.
         """
+        earlier = self._workers.get(info.worker_id)
+        if earlier is not None:
+            self.leave(info.worker_id, earlier.session)
         self._sessions += 1
         load = WorkerLoad(free_blocks=info.num_blocks)
-        self._workers[info.worker_id] = _Worker(info, self._sessions, now_s, load)
+        self._workers[info.worker_id] = _Worker(
+            info, longest_tokens(info), self._sessions, now_s, load
+        )
+        size = info.block_size_tokens
+        self._prefixes.setdefault(size, PrefixIndex(size)).add(info.worker_id)
+        self._stale[info.worker_id] = None
+        self._heard[info.worker_id] = None
         return self._sessions
 
     def heartbeat(
@@ -81,15 +109,18 @@ class Registry:
             return False
         worker.load = load
         worker.draining = draining
-        worker.cached.difference_update(prefix.evicted)
-        worker.cached.update(prefix.stored)
+        self._prefixes[worker.info.block_size_tokens].update(worker_id, prefix)
+        self._learn_speed(worker.info.role, load.prefill_tokens_per_s)
         # What was sent before the previous heartbeat came is part of this one's load.
-        worker.hidden = {
-            c for c in worker.hidden if c.sent_at_s is None or c.sent_at_s >= worker.heard_at_s
-        }
+        for claim in tuple(worker.hidden):
+            if claim.sent_at_s is not None and claim.sent_at_s < worker.heard_at_s:
+                del worker.hidden[claim]
         if worker.failed_at_s is not None and worker.failed_at_s < worker.heard_at_s:
-            worker.failed_at_s = None
+            self._trust(worker)
         worker.heard_at_s = now_s
+        self._heard.move_to_end(worker_id)
+        self._silent.discard(worker_id)
+        self._stale[worker_id] = None
         return True
 
     def change_role(self, worker_id: WorkerId, session: int, role: Role) -> bool:
@@ -97,14 +128,27 @@ class Registry:
         worker = self._current(worker_id, session)
         if worker is None:
             return False
+        self._views[worker.info.role].pop(worker_id, None)
         worker.info = replace(worker.info, role=role)
+        worker.longest_tokens = longest_tokens(worker.info)
+        self._stale[worker_id] = None
         return True
 
     def leave(self, worker_id: WorkerId, session: int) -> bool:
         """Ends a membership; False where the session is not the worker's current one."""
-        if self._current(worker_id, session) is None:
+        worker = self._current(worker_id, session)
+        if worker is None:
             return False
         del self._workers[worker_id]
+        self._views[worker.info.role].pop(worker_id, None)
+        self._stale.pop(worker_id, None)
+        self._suspects.discard(worker_id)
+        self._silent.discard(worker_id)
+        del self._heard[worker_id]
+        size = worker.info.block_size_tokens
+        self._prefixes[size].remove(worker_id)
+        if not len(self._prefixes[size]):
+            del self._prefixes[size]
         return True
 
     def suspect(self, worker_id: WorkerId, now_s: float) -> None:
@@ -112,6 +156,8 @@ class Registry:
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.failed_at_s = now_s
+            self._suspects.add(worker_id)
+            self._stale[worker_id] = None
 
     def note_cached(
         self, worker_id: WorkerId, block_size_tokens: int, hashes: Sequence[BlockHash]
@@ -119,19 +165,21 @@ class Registry:
         """A worker of that block size holds these blocks. No effect where it is not a member."""
         worker = self._workers.get(worker_id)
         if worker is not None and worker.info.block_size_tokens == block_size_tokens:
-            worker.cached.update(hashes)
+            self._prefixes[block_size_tokens].update(worker_id, PrefixDelta(stored=tuple(hashes)))
 
     def claim(self, claim: Claim) -> None:
         """Puts load on a worker. No effect where it is not a member."""
         worker = self._workers.get(claim.worker_id)
         if worker is not None:
-            worker.hidden.add(claim)
+            worker.hidden[claim] = None
+            self._stale[claim.worker_id] = None
 
     def release(self, claim: Claim) -> None:
         """Takes a claim's load off. Idempotent."""
         worker = self._workers.get(claim.worker_id)
         if worker is not None:
-            worker.hidden.discard(claim)
+            worker.hidden.pop(claim, None)
+            self._stale[claim.worker_id] = None
 
     def sent(self, claim: Claim, now_s: float) -> None:
         """The worker was called: later heartbeats include the claim."""
@@ -154,14 +202,32 @@ class Registry:
 
     def block_sizes(self) -> frozenset[int]:
         """The block sizes for which `view` takes hashes."""
-        return frozenset(worker.info.block_size_tokens for worker in self._workers.values())
+        return frozenset(self._prefixes)
 
     def view(self, hashes: Mapping[int, Sequence[BlockHash]], now_s: float) -> FleetView:
         """The fleet as one request sees it; `hashes` are its tokens' block hashes by block size."""
-        views = [self._view(worker, hashes, now_s) for worker in self._workers.values()]
+        for worker_id in tuple(self._suspects):
+            worker = self._workers[worker_id]
+            if worker.failed_at_s is None or now_s - worker.failed_at_s >= self._suspicion_s:
+                self._trust(worker)
+        for worker_id in self._heard:
+            if now_s - self._workers[worker_id].heard_at_s < self._silence_s:
+                break
+            if worker_id not in self._silent:
+                self._silent.add(worker_id)
+                self._stale[worker_id] = None
+        for worker_id in self._stale:
+            worker = self._workers[worker_id]
+            self._views[worker.info.role][worker_id] = self._view(worker, now_s)
+        self._stale.clear()
+        cached: dict[WorkerId, int] = {}
+        for size, index in self._prefixes.items():
+            cached |= index.cached_tokens(hashes.get(size, ()))
         return FleetView(
-            prefill=tuple(v for v in views if v.info.role is Role.PREFILL),
-            decode=tuple(v for v in views if v.info.role is Role.DECODE),
+            prefill=tuple(self._views[Role.PREFILL].values()),
+            decode=tuple(self._views[Role.DECODE].values()),
+            cached=cached,
+            now_s=now_s,
         )
 
     def claimed_tokens(self) -> int:
@@ -174,6 +240,14 @@ class Registry:
             assert worker.info.worker_id == worker_id
             assert worker.session <= self._sessions
             assert all(claim.worker_id == worker_id for claim in worker.hidden)
+            assert (worker.failed_at_s is not None) == (worker_id in self._suspects)
+            assert worker_id in self._stale or worker_id in self._views[worker.info.role]
+        assert self._heard.keys() == self._workers.keys()
+        assert self._silent <= self._workers.keys()
+        assert self._stale.keys() | self._suspects <= self._workers.keys()
+        assert sum(len(index) for index in self._prefixes.values()) == len(self._workers)
+        for index in self._prefixes.values():
+            index.check_integrity()
 
     def _current(self, worker_id: WorkerId, session: int) -> _Worker | None:
         worker = self._workers.get(worker_id)
@@ -200,30 +274,39 @@ class Registry:
             used_share=load.used_blocks / info.num_blocks,
         )
 
-    def _view(
-        self, worker: _Worker, hashes: Mapping[int, Sequence[BlockHash]], now_s: float
-    ) -> WorkerView:
-        load, size = worker.load, worker.info.block_size_tokens
+    def _trust(self, worker: _Worker) -> None:
+        worker.failed_at_s = None
+        self._suspects.discard(worker.info.worker_id)
+        self._stale[worker.info.worker_id] = None
+
+    def _learn_speed(self, role: Role, tokens_per_s: float) -> None:
+        if tokens_per_s > 0:
+            before = self._typical_tokens_per_s[role] or tokens_per_s
+            mean = TYPICAL_MEMORY * before + (1 - TYPICAL_MEMORY) * tokens_per_s
+            self._typical_tokens_per_s[role] = mean
+
+    def _view(self, worker: _Worker, now_s: float) -> WorkerView:
+        load = worker.load
+        rate = load.prefill_tokens_per_s or self._typical_tokens_per_s[worker.info.role]
+        # The queue as it goes: it shrinks while the worker computes, and grows with each claim.
+        queued, as_of_s = float(load.queued_prefill_tokens), worker.heard_at_s
+        claimed_blocks = 0
+        for claim in worker.hidden:
+            made_at_s = max(as_of_s, claim.made_at_s)
+            queued = max(0.0, queued - rate * (made_at_s - as_of_s)) + claim.prefill_tokens
+            as_of_s = made_at_s
+            claimed_blocks += claim.blocks
+        free = load.free_blocks - claimed_blocks
         return WorkerView(
             info=worker.info,
+            longest_tokens=worker.longest_tokens,
             draining=worker.draining,
             suspect=self._avoided(worker, now_s),
             requests=load.running_requests + load.waiting_requests + len(worker.hidden),
-            queued_prefill_tokens=(
-                load.queued_prefill_tokens + sum(c.prefill_tokens for c in worker.hidden)
-            ),
-            free_blocks=max(
-                0, load.free_blocks + load.cached_blocks - sum(c.blocks for c in worker.hidden)
-            ),
-            cached_tokens=size * _leading(hashes.get(size, ()), worker.cached),
+            queued_prefill_tokens=queued,
+            as_of_s=as_of_s,
+            free_blocks=max(0, free),
+            reclaimable_blocks=max(0, load.cached_blocks + min(0, free)),
+            prefill_tokens_per_s=rate,
+            decode_step_s=load.decode_step_s,
         )
-
-
-def _leading(hashes: Sequence[BlockHash], cached: set[BlockHash]) -> int:
-    """How many of the first hashes are cached, up to the first that is not."""
-    count = 0
-    for block_hash in hashes:
-        if block_hash not in cached:
-            break
-        count += 1
-    return count

@@ -1,10 +1,13 @@
 """The requests that the router serves now: their ids, their turn, and how to end one from outside.
 
-Used on the router's event loop. An entry is held by the request's own task, inside `enter`, and goes with it.
+Used on the router's event loop. An entry is held by the request's own task, inside `enter`, and goes with it. Whose turn it is,
+and who is refused, is `router.admission`'s decision.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import math
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from baton.errors import (
@@ -17,6 +20,8 @@ from baton.errors import (
 )
 from baton.service.metrics import RouterMetrics
 from baton.types import RequestId
+from router.admission import Admission, Admit, Reject, late_by_s, too_late
+from router.tenants import Demand, Ticket
 
 
 class _Running:
@@ -40,12 +45,12 @@ class _Running:
 class RequestTable:
     """See the module docstring."""
 
-    def __init__(self, *, max_running: int, max_queued: int, metrics: RouterMetrics) -> None:
-        self._turns = asyncio.Semaphore(max_running)
-        self._max_queued = max_queued
+    def __init__(self, admission: Admission, metrics: RouterMetrics) -> None:
+        self._admission = admission
         self._metrics = metrics
         self._requests: dict[RequestId, _Running] = {}
-        self._queued = 0
+        self._turns: dict[Ticket, asyncio.Future[Reject | None]] = {}
+        """Of requests that wait; the result is the refusal of one that must give way."""
         self._refuses = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -54,9 +59,18 @@ class RequestTable:
         return len(self._requests)
 
     @asynccontextmanager
-    async def enter(self, request_id: RequestId) -> AsyncIterator[None]:
-        """Serves a request inside the context, once it is its turn. Raises `DrainingError` while draining, `AlreadyExistsError` where
-        one of that id is here, `CapacityError` where the queue is full, and what the request was aborted with.
+    async def enter(
+        self,
+        request_id: RequestId,
+        demand: Demand,
+        *,
+        predicted_ttft_s: Callable[[], float | None],
+        completion_tokens: Callable[[], int],
+    ) -> AsyncIterator[None]:
+        """Serves a request inside the context, once it is its turn. `predicted_ttft_s` tells how long it would take to its first token
+        if it were served now, `completion_tokens` what it has generated at its end. Raises `DrainingError` while draining,
+        `AlreadyExistsError` where one of that id is here, `CapacityError` where admission refuses it, and what the request was
+        aborted with.
         """
         if self._refuses:
             raise DrainingError("the router is draining")
@@ -67,13 +81,12 @@ class RequestTable:
         running = self._requests[request_id] = _Running(task)
         self._idle.clear()
         try:
-            await self._take_turn()
-            self._metrics.running.inc()
-            try:
-                yield
-            finally:
-                self._metrics.running.dec()
-                self._turns.release()
+            async with self._turn(demand, predicted_ttft_s, completion_tokens):
+                self._metrics.running.inc()
+                try:
+                    yield
+                finally:
+                    self._metrics.running.dec()
         except asyncio.CancelledError:
             if running.error is None:
                 raise
@@ -114,16 +127,62 @@ class RequestTable:
         for running in tuple(self._requests.values()):
             running.abort(error)
 
-    async def _take_turn(self) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()
-            return
-        if self._queued >= self._max_queued:
-            raise CapacityError(f"{self._queued} requests wait already")
-        self._queued += 1
-        self._metrics.queued.inc()
+    @asynccontextmanager
+    async def _turn(
+        self,
+        demand: Demand,
+        predicted_ttft_s: Callable[[], float | None],
+        completion_tokens: Callable[[], int],
+    ) -> AsyncIterator[None]:
+        arrived_s = time.monotonic()
+        verdict = self._admission.offer(demand, arrived_s, predicted_ttft_s())
+        if isinstance(verdict, Reject):
+            raise self._refused(verdict)
+        ticket = verdict.ticket
         try:
-            await self._turns.acquire()
+            if not isinstance(verdict, Admit):
+                if verdict.displaced is not None:
+                    self._tell(*verdict.displaced)
+                await self._wait(ticket)
+                waited_s = time.monotonic() - arrived_s
+                self._metrics.record_queue_wait(demand.priority, waited_s)
+                self._check_budget(demand, waited_s + (predicted_ttft_s() or 0.0))
+            yield
         finally:
-            self._queued -= 1
-            self._metrics.queued.dec()
+            now_s = time.monotonic()
+            for admitted in self._admission.leave(ticket, now_s, completion_tokens()):
+                self._tell(admitted, None)
+
+    async def _wait(self, ticket: Ticket) -> None:
+        """Returns when it is the request's turn. Raises `CapacityError` where that does not come in time for a first token."""
+        queued = self._metrics.queued(ticket.demand.priority)
+        turn = self._turns[ticket] = asyncio.get_running_loop().create_future()
+        budget_s = ticket.demand.ttft_budget_s
+        queued.inc()
+        try:
+            async with asyncio.timeout(None if math.isinf(budget_s) else budget_s) as timer:
+                refusal = await turn
+        except TimeoutError:
+            if timer.expired():
+                self._check_budget(ticket.demand, math.inf)
+            raise
+        finally:
+            queued.dec()
+            del self._turns[ticket]
+        if refusal is not None:
+            raise self._refused(refusal)
+
+    def _tell(self, ticket: Ticket, refusal: Reject | None) -> None:
+        turn = self._turns[ticket]
+        # One that is cancelled in this very moment leaves by itself, and gives its turn on.
+        if not turn.done():
+            turn.set_result(refusal)
+
+    def _check_budget(self, demand: Demand, ttft_s: float) -> None:
+        late_s = late_by_s(demand.ttft_budget_s, ttft_s)
+        if late_s > 0:
+            raise self._refused(too_late(late_s))
+
+    def _refused(self, verdict: Reject) -> CapacityError:
+        self._metrics.record_rejection(verdict.refusal.value)
+        return CapacityError(verdict.message, retry_after_s=verdict.retry_after_s)

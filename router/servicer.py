@@ -6,6 +6,7 @@ cancelled, which frees the workers. Errors become statuses in `baton.service.int
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from baton.errors import (
     NotFoundError,
     UnavailableError,
 )
+from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
 from baton.service.calls import Context, time_left_s
 from baton.service.metrics import RouterMetrics
@@ -38,6 +40,7 @@ from router.resume import resume
 from router.sessions.manager import SessionManager
 from router.sessions.tenant import tenant_of
 from router.sessions.turn import Turn, TurnResult
+from router.tenants import Demand
 from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
 
 INLINE_BYTES = 8192
@@ -82,8 +85,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             facts = await self._facts()
             valid = account.request = await self._parse(request, facts, account.turn)
             account.stage = "admission"
-            async with self._table.enter(valid.request_id):
-                await self._answer(facts, account, stream, deadline_s)
+            hashes = SequenceHashes(valid.prompt)
+            entry = self._table.enter(
+                valid.request_id,
+                self._demand(valid, tenant_of(context), account.timeline, deadline_s),
+                predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
+                completion_tokens=lambda: account.completion_tokens,
+            )
+            async with entry:
+                await self._answer(facts, account, stream, hashes, deadline_s=deadline_s)
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # noqa: N802
         """Writes one Accepted, the Chunks that the client lacks, and one Finished."""
@@ -98,12 +108,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             account.request = valid
             deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
             self._table.replace(valid.request_id)
-            async with (
-                self._session_of(valid) as account.turn,
-                account.bounded(deadline_s),
-                self._table.enter(valid.request_id),
-            ):
-                await self._answer(facts, account, stream, deadline_s, resumption)
+            # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
+            entry = self._table.enter(
+                valid.request_id,
+                Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
+                predicted_ttft_s=lambda: None,
+                completion_tokens=lambda: account.completion_tokens,
+            )
+            async with self._session_of(valid) as account.turn, account.bounded(deadline_s), entry:
+                await self._answer(
+                    facts,
+                    account,
+                    stream,
+                    SequenceHashes(valid.prompt),
+                    deadline_s=deadline_s,
+                    resumption=resumption,
+                )
 
     async def Cancel(  # noqa: N802
         self,
@@ -174,6 +194,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             turn.messages = [ChatTurn(role, content) for role, content in record.said]
             yield turn
 
+    def _demand(
+        self, valid: ValidRequest, tenant: str, timeline: Timeline, deadline_s: float
+    ) -> Demand:
+        slo_s = valid.ttft_slo_s or self._settings.default_ttft_slo_s or math.inf
+        late_at_s = min(deadline_s, timeline.received_s + slo_s)
+        return Demand(
+            tenant=tenant,
+            prompt_tokens=len(valid.prompt),
+            max_tokens=valid.sampling.max_tokens * valid.sampling.n,
+            priority=valid.priority,
+            ttft_budget_s=max(0.0, late_at_s - time.monotonic()),
+        )
+
     async def _find(self, request_id: str) -> dict[int, HeldAttempt]:
         """What workers hold of a request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
         end_s = self._since_s + self._settings.worker_wait_s
@@ -189,6 +222,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         facts: ModelFacts,
         account: Account,
         stream: ClientStream,
+        hashes: SequenceHashes,
+        *,
         deadline_s: float,
         resumption: Resumption = NOTHING,
     ) -> None:
@@ -206,6 +241,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             timeline=account.timeline,
             deadline_s=deadline_s,
             resumption=resumption,
+            hashes=hashes,
         )
         async with answer.running() as outputs:
             while (piece := await outputs.take()) is not None:

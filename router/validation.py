@@ -26,6 +26,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
+MAX_PRIORITY = 100
 
 NO_HISTORY = History()
 
@@ -60,6 +61,10 @@ class ValidRequest:
     """Of a session's turn that follows closely on another."""
     turn: TurnRecord | None = None
     """Set where it is a session's turn."""
+    priority: int = 0
+    """Higher goes first."""
+    ttft_slo_s: float | None = None
+    """How soon the first token is wanted."""
 
 
 def parse_generate(
@@ -81,6 +86,7 @@ def parse_generate(
     except InvalidRequestError as error:
         violations = [*error.violations]
     violations += _id_violations(request.request_id)
+    violations += _urgency_violations(request)
     violations += _number_violations(request.sampling)
     violations += _bias_violations(request.sampling, model)
     violations += _stop_violations(request.sampling, model)
@@ -90,6 +96,8 @@ def parse_generate(
         request_id=RequestId(request.request_id or secrets.token_hex(16)),
         prompt=prompt,
         sampling=_resolve(request.sampling, model.max_context_tokens - len(prompt)),
+        priority=request.priority,
+        ttft_slo_s=request.ttft_slo_seconds if request.HasField("ttft_slo_seconds") else None,
     )
 
 
@@ -154,6 +162,13 @@ def _id_violations(request_id: str) -> Iterator[FieldViolation]:
     if request_id and not _REQUEST_ID.fullmatch(request_id):
         allowed = "must be 1 to 128 characters of letters, digits, '.', '_', ':' and '-'"
         yield FieldViolation("request_id", allowed)
+
+
+def _urgency_violations(request: inference_pb2.GenerateRequest) -> Iterator[FieldViolation]:
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        yield FieldViolation("priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+    if request.HasField("ttft_slo_seconds") and not 0 < request.ttft_slo_seconds < math.inf:
+        yield FieldViolation("ttft_slo_seconds", "must be finite and > 0")
 
 
 def _number_violations(sampling: common_pb2.SamplingParams) -> Iterator[FieldViolation]:

@@ -185,7 +185,11 @@ async def error_of(call: Any) -> BatonError:
 def is_idle(load: WorkerLoad) -> bool:
     """Whether every block is free or cached and no request is known."""
     return load == replace(
-        WorkerLoad(), free_blocks=load.free_blocks, cached_blocks=load.cached_blocks
+        WorkerLoad(),
+        free_blocks=load.free_blocks,
+        cached_blocks=load.cached_blocks,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_step_s=load.decode_step_s,
     )
 
 

@@ -11,7 +11,7 @@ import baton
 from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
 from baton.errors import UnavailableError
-from baton.service.settings import LogFormat, LogLevel, WorkerSettings
+from baton.service.settings import LogFormat, LogLevel, PlacementPolicy, WorkerSettings
 from baton.types import Role
 
 
@@ -45,6 +45,8 @@ class ServeConfig:
     """Size of Ray's object store; None is sized from the machine."""
     local_prefill_tokens: int | None = None
     """Prompts of which decode lacks at most so many tokens skip prefill workers; None is the router's default."""
+    placement: PlacementPolicy | None = None
+    """How the router chooses workers; None is its default."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after a stop signal."""
     log_format: LogFormat = LogFormat.PLAIN

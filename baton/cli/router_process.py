@@ -104,4 +104,6 @@ def environment(config: ServeConfig) -> dict[str, str]:
     if config.drawn_port:
         # Nobody would find a file by this port again.
         chosen["BATON_SESSION_STORE"] = os.environ.get("BATON_SESSION_STORE", "sqlite://")
+    if config.placement is not None:
+        chosen["BATON_PLACEMENT"] = config.placement.value
     return os.environ | chosen

@@ -13,7 +13,7 @@ from baton.cli.serving import run
 from baton.engine.config import EngineConfig, load_model_config
 from baton.engine.sim import SimConfig
 from baton.errors import FieldViolation, InvalidRequestError
-from baton.service.settings import LogFormat, LogLevel
+from baton.service.settings import LogFormat, LogLevel, PlacementPolicy
 
 
 class EngineKind(Enum):
@@ -139,6 +139,14 @@ def serve(
             rich_help_panel=FLEET,
         ),
     ] = None,
+    placement: Annotated[
+        PlacementPolicy | None,
+        typer.Option(
+            help="How the router chooses workers.",
+            show_default="prefix-aware",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
     object_store_mib: Annotated[
         int | None,
         typer.Option(
@@ -228,6 +236,7 @@ def serve(
             metrics_port=metrics_port,
             object_store_bytes=None if object_store_mib is None else object_store_mib * 2**20,
             local_prefill_tokens=local_prefill_tokens,
+            placement=placement,
             drain_grace_s=drain_grace,
             log_format=LogFormat.JSON if json_logs else LogFormat.PLAIN,
             log_level=log_level,

@@ -156,13 +156,23 @@ class AsyncClient:
         model: str = "",
         session: Session | str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
+        ttft_slo_s: float | None = None,
     ) -> AsyncStream:
         """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`. With a session, the
-        prompt is what is new, and follows everything said before; `SessionBusyError` while another of its turns runs.
+        prompt is what is new, and follows everything said before; `SessionBusyError` while another of its turns runs. Where requests
+        wait, those of higher `priority`, in [-100, 100], go first. A first token is wanted within `ttft_slo_s`: where that cannot
+        be, the request is refused before any work, with a `CapacityError` that says when to try again.
         """
         name = request_id if request_id is not None else new_request_id()
         request = generate_request(
-            prompt, request_id=name, model=model, sampling=sampling, session=session
+            prompt,
+            request_id=name,
+            model=model,
+            sampling=sampling,
+            session=session,
+            priority=priority,
+            ttft_slo_s=ttft_slo_s,
         )
         return AsyncStream(
             self._routers, request, reconnect_s=self._reconnect_s, timeout_s=timeout_s
@@ -186,6 +196,8 @@ class AsyncClient:
         model: str = "",
         session: Session | str | None = None,
         timeout_s: float | None = None,
+        priority: int = 0,
+        ttft_slo_s: float | None = None,
     ) -> Result:
         """The whole answer at once."""
         async with self.generate(
@@ -195,6 +207,8 @@ class AsyncClient:
             model=model,
             session=session,
             timeout_s=timeout_s,
+            priority=priority,
+            ttft_slo_s=ttft_slo_s,
         ) as stream:
             return await stream.read()
 

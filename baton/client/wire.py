@@ -56,6 +56,8 @@ def generate_request(
     model: str,
     sampling: SamplingOptions | None,
     session: Session | str | None = None,
+    priority: int = 0,
+    ttft_slo_s: float | None = None,
 ) -> pb.GenerateRequest:
     """Raises `InvalidRequestError` for values that a message cannot carry; the router judges the rest."""
     request = pb.GenerateRequest()
@@ -63,6 +65,9 @@ def generate_request(
     _assign("model", partial(setattr, request, "model", model))
     if session is not None:
         _assign("session_id", partial(setattr, request, "session_id", session_id(session)))
+    _assign("priority", partial(setattr, request, "priority", priority))
+    if ttft_slo_s is not None:
+        _assign("ttft_slo_seconds", partial(setattr, request, "ttft_slo_seconds", ttft_slo_s))
     if isinstance(prompt, str):
         _assign("text", partial(setattr, request, "text", prompt))
     elif isinstance(prompt, bytes | bytearray | memoryview):

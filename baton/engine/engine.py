@@ -11,6 +11,7 @@ others. The engine keeps the books, so its invariants can be checked after every
 Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors are the runner's business.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from baton.engine.base import (
 )
 from baton.engine.batch import BatchRow, Runner, Sampled, SampleInput
 from baton.engine.request import RequestState, Stage
+from baton.engine.speed import SpeedMeter
 from baton.engine.tables import BlockTables
 from baton.errors import (
     AlreadyExistsError,
@@ -78,6 +80,7 @@ class PagedEngine:
         """Planned, not yet computed: how many tokens of which requests."""
         self._exports: deque[tuple[RequestState, int, int]] = deque()
         """Copies to make: which tokens [first, last) of which requests."""
+        self._speed = SpeedMeter()
         self._settled = True
         """Nothing changed since a step that found nothing to do."""
 
@@ -211,6 +214,8 @@ class PagedEngine:
             reserved_blocks=len(reserved),
             used_blocks=len(used),
             in_flight_blocks=len(in_flight),
+            prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
+            decode_step_s=self._speed.decode_step_s,
         )
 
     def take_prefix_delta(self) -> PrefixDelta:
@@ -301,10 +306,17 @@ class PagedEngine:
             served = {id(state) for state, _ in batch}
             self._running.sort(key=lambda state: id(state) in served)
         rows = [self._row(state, count) for state, count in batch]
+        began_s = time.perf_counter()
         try:
             sampled: list[Sampled | BatonError | None] = [*self._runner.run(rows)]
         except BatonError:
             sampled = [self._run_alone(row) for row in rows]
+        generating = sum(bool(state.output) and count == 1 for state, count in batch)
+        self._speed.record(
+            prefill_tokens=sum(count for _, count in batch) - generating,
+            generating=generating,
+            seconds=time.perf_counter() - began_s,
+        )
         for (state, count), result in zip(batch, sampled, strict=True):
             if isinstance(result, BatonError):
                 events.append(Failed(state.key, result))

@@ -3,28 +3,75 @@
 Workers index their prefix caches by these, and routers compute them to find the worker that holds a prompt. Torch-free, pure.
 """
 
-import hashlib
+import sys
+from array import array
 from collections.abc import Sequence
-
-import numpy as np
+from hashlib import blake2b
+from struct import unpack
 
 from baton.types import BlockHash
 
 ROOT = BlockHash(0)
 """The parent of a sequence's first block."""
 
+HASH_BYTES = 8
+TOKEN_BYTES = 4
+
 
 def child_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
     """The hash of the block that holds `tokens` after the block `parent`."""
-    data = parent.to_bytes(8, "little") + np.asarray(tokens, dtype="<u4").tobytes()
-    return BlockHash(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+    return block_hashes(tokens, len(tokens), parent)[0]
 
 
-def block_hashes(tokens: Sequence[int], block_size: int) -> list[BlockHash]:
-    """The hash of every full block of a sequence, in order; a last block that is not full has none."""
-    hashes = []
-    parent = ROOT
-    for start in range(0, len(tokens) - block_size + 1, block_size):
-        parent = child_hash(parent, tokens[start : start + block_size])
-        hashes.append(parent)
-    return hashes
+def block_hashes(
+    tokens: Sequence[int], block_size: int, parent: BlockHash = ROOT
+) -> list[BlockHash]:
+    """The hash of every full block of a sequence that follows the block `parent`, in order; a last block that is not full has none."""
+    data = _token_bytes(tokens[: len(tokens) // block_size * block_size])
+    width = TOKEN_BYTES * block_size
+    digest = parent.to_bytes(HASH_BYTES, "little")
+    digests = []
+    for start in range(0, len(data), width):
+        digest = blake2b(digest + data[start : start + width], digest_size=HASH_BYTES).digest()
+        digests.append(digest)
+    return list(unpack(f"<{len(digests)}Q", b"".join(digests)))
+
+
+class SequenceHashes:
+    """The block hashes of one sequence that grows at its end; each is computed once."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = list(tokens)
+        self._hashes: dict[int, list[BlockHash]] = {}
+
+    def __len__(self) -> int:
+        """Tokens of the sequence."""
+        return len(self._tokens)
+
+    def fork(self) -> "SequenceHashes":
+        """Another sequence that begins as this one, with what was computed."""
+        other = SequenceHashes(self._tokens)
+        other._hashes = {size: list(hashes) for size, hashes in self._hashes.items()}
+        return other
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Adds tokens to the end of the sequence."""
+        self._tokens.extend(tokens)
+
+    def of(self, block_size: int) -> Sequence[BlockHash]:
+        """As `block_hashes` gives them for the whole sequence."""
+        hashes = self._hashes.setdefault(block_size, [])
+        first = len(hashes) * block_size
+        if len(self._tokens) - first >= block_size:
+            parent = hashes[-1] if hashes else ROOT
+            hashes += block_hashes(self._tokens[first:], block_size, parent)
+        return hashes
+
+
+def _token_bytes(tokens: Sequence[int]) -> bytes:
+    """Each token as four bytes, little-endian."""
+    numbers = array("I", tokens)
+    assert numbers.itemsize == TOKEN_BYTES
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()

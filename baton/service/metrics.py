@@ -30,6 +30,9 @@ SECONDS = (
 )
 """Histogram buckets: down to what a tiny model on one machine needs."""
 
+ERROR_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Histogram buckets, in both directions."""
+
 CLOSE_S = 0.02
 """How often the HTTP thread looks whether it is to end."""
 
@@ -40,6 +43,11 @@ OK = "ok"
 def outcome_of(error: BatonError | None) -> str:
     """A label value."""
     return OK if error is None else error.reason.lower()
+
+
+def _priority_class(priority: int) -> str:
+    """A label value."""
+    return "normal" if priority == 0 else "high" if priority > 0 else "low"
 
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
@@ -126,8 +134,30 @@ class RouterMetrics(MetricsServer):
             registry=registry,
         )
         self.running = Gauge("baton_running_requests", "Requests being served.", registry=registry)
-        self.queued = Gauge(
-            "baton_queued_requests", "Requests that wait for their turn.", registry=registry
+        self._queued = Gauge(
+            "baton_queued_requests",
+            "Requests that wait for their turn.",
+            ["priority"],
+            registry=registry,
+        )
+        self._queue_wait_s = Histogram(
+            "baton_queue_wait_seconds",
+            "From arrival to their turn, of requests that had to wait.",
+            ["priority"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "baton_rejected_requests_total",
+            "Requests that admission refused before any work.",
+            ["reason"],
+            registry=registry,
+        )
+        self._ttft_error_s = Histogram(
+            "baton_ttft_prediction_error_seconds",
+            "By how much the first token came later than placement predicted; negative is sooner.",
+            buckets=[-s for s in reversed(ERROR_SECONDS)] + [0.0, *ERROR_SECONDS],
+            registry=registry,
         )
         self._workers = Gauge(
             "baton_workers", "Members of the fleet.", ["role", "state"], registry=registry
@@ -180,6 +210,22 @@ class RouterMetrics(MetricsServer):
     def record_role_change(self, role: Role) -> None:
         """A worker turned to a role."""
         self._role_changes.labels(role.value).inc()
+
+    def queued(self, priority: int) -> Gauge:
+        """Of the requests of that priority's class that wait."""
+        return self._queued.labels(_priority_class(priority))
+
+    def record_queue_wait(self, priority: int, seconds: float) -> None:
+        """A request that had to wait got its turn."""
+        self._queue_wait_s.labels(_priority_class(priority)).observe(seconds)
+
+    def record_rejection(self, reason: str) -> None:
+        """`reason` is one of a closed set."""
+        self._rejections.labels(reason).inc()
+
+    def record_ttft_error(self, seconds: float) -> None:
+        """Actual less predicted, from placement to the first token."""
+        self._ttft_error_s.observe(seconds)
 
     def set_workers(self, counts: dict[tuple[Role, str], int]) -> None:
         """The fleet's size by role and state; a pair that is absent counts nobody."""

@@ -30,6 +30,17 @@ class LogLevel(Enum):
     ERROR = "error"
 
 
+class PlacementPolicy(Enum):
+    """How a router chooses workers."""
+
+    ROUND_ROBIN = "round-robin"
+    """Each in turn."""
+    LEAST_LOADED = "least-loaded"
+    """The least busy, whatever their prefix caches hold."""
+    PREFIX_AWARE = "prefix-aware"
+    """The least delay, with load, cached prefixes, free blocks and nearness weighed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """What every process that serves gRPC has."""
@@ -118,7 +129,11 @@ class RouterSettings(ServerSettings):
     max_running: int = 256
     """Requests served at once."""
     max_queued: int = 1024
-    """Requests that wait for their turn; one more gets RESOURCE_EXHAUSTED."""
+    """Requests that wait for their turn; of one more, one gets RESOURCE_EXHAUSTED: the last of the tenant that has the most."""
+    priority_ageing_s: float = 5.0
+    """A request that has waited so long goes before a later one whose priority is higher by one."""
+    default_ttft_slo_s: float = 0.0
+    """For requests that name no TTFT objective; 0 is none but their deadline."""
     max_attempts: int = 4
     """Attempts in a row that may fail without a new token before the request fails."""
     worker_wait_s: float = 10.0
@@ -139,6 +154,9 @@ class RouterSettings(ServerSettings):
     """Prefill gets a worker where its queues hold work for so long."""
     autoscale_decode_requests: float = 32.0
     """Decode gets a worker where each of its workers has so many requests, or nine tenths of their blocks are used."""
+    max_unread_bytes: int = 1024 * 1024
+    """A client that leaves more of its output unread loses its request."""
+    placement: PlacementPolicy = PlacementPolicy.PREFIX_AWARE
     local_prefill_tokens: int = 32
     """Prompts of which decode lacks at most so many tokens are computed by decode itself; 0 never."""
     session_store: str = field(

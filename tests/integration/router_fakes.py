@@ -32,6 +32,7 @@ from baton.v1 import (
     prefill_pb2_grpc,
 )
 from router.app import RouterApp
+from router.tenants import LimitsOf, unlimited
 from router.text import Tokenizer
 
 SPEC = KVSpec(
@@ -126,6 +127,7 @@ class FakeWorker:
         self.draining = False
         self.frozen = False
         self.prefix = PrefixDelta()
+        self.load = WorkerLoad(free_blocks=512)
         self.keys: list[str] = []
         """Every attempt that was called, in order."""
         self.resumed: list[int] = []
@@ -198,7 +200,7 @@ class FakeWorker:
             while True:
                 if not self.frozen:
                     beat = fleet_pb2.JoinRequest.Heartbeat(
-                        load=codec.load_to_proto(WorkerLoad(free_blocks=512)),
+                        load=codec.load_to_proto(self.load),
                         prefix=codec.prefix_delta_to_proto(self.prefix),
                         draining=self.draining,
                     )
@@ -410,8 +412,8 @@ class Cluster:
 
 
 def request(**changes: Any) -> inference_pb2.GenerateRequest:
-    """`changes` are fields of SamplingParams, or `request_id`, `model`, `prompt`, `text`."""
-    names = ("request_id", "model", "text")
+    """`changes` are fields of SamplingParams, or `prompt` for tokens, or other fields of GenerateRequest."""
+    names = ("request_id", "model", "text", "priority", "ttft_slo_seconds")
     whole: dict[str, Any] = {name: changes.pop(name) for name in names if name in changes}
     if "text" not in whole:
         whole["tokens"] = common_pb2.TokenIds(ids=changes.pop("prompt", PROMPT))
@@ -420,9 +422,9 @@ def request(**changes: Any) -> inference_pb2.GenerateRequest:
 
 
 @asynccontextmanager
-async def cluster(**settings: Any) -> AsyncIterator[Cluster]:
+async def cluster(limits: LimitsOf = unlimited, **settings: Any) -> AsyncIterator[Cluster]:
     """A router without workers. At the end nothing of it may be left."""
-    app = RouterApp(replace(SETTINGS, **settings), Tokenizer.of_bytes())
+    app = RouterApp(replace(SETTINGS, **settings), Tokenizer.of_bytes(), limits=limits)
     await app.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         here = Cluster(app, channel)

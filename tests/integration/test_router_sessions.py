@@ -70,9 +70,9 @@ class House:
         async with asyncio.timeout(5):
             for app in self.apps.values():
                 while not any(  # noqa: ASYNC110 - workers report
-                    len(worker.cached) >= (history_tokens - 1) // 16
-                    for worker in app.fleet.registry._workers.values()
-                    if worker.info.role.value == "decode"
+                    len(held) >= (history_tokens - 1) // 16
+                    for worker_id, held in app.fleet.registry._prefixes[16]._held.items()
+                    if worker_id.startswith("decode")
                 ):
                     await asyncio.sleep(0.01)
 

@@ -7,18 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.kv.spec import KVDtype, KVSpec
+from baton.service.settings import PlacementPolicy
 from baton.types import Role, WorkerId, WorkerInfo
 from router.placement import (
     FleetView,
-    LoadAware,
     NoWorker,
     Placement,
     PlaceRequest,
     Policy,
     Resident,
-    RoundRobin,
     WorkerView,
+    longest_tokens,
 )
+from router.policies import PrefixAware, RoundRobin, policy_of
 
 SPEC = KVSpec(
     num_layers=1,
@@ -29,7 +30,7 @@ SPEC = KVSpec(
     model_fingerprint="a",
 )
 OTHER = replace(SPEC, model_fingerprint="b")
-POLICIES: list[Policy] = [LoadAware(), RoundRobin()]
+POLICIES: list[Policy] = [policy_of(kind, local_prefill_tokens=32) for kind in PlacementPolicy]
 
 
 def info(worker_id: str, role: Role, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerInfo:
@@ -52,12 +53,16 @@ def info(worker_id: str, role: Role, *, node: str = "n", spec: KVSpec = SPEC) ->
     )
 
 
+def view_of(worker: WorkerInfo) -> WorkerView:
+    return WorkerView(info=worker, longest_tokens=longest_tokens(worker), free_blocks=256)
+
+
 def prefill(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
-    return WorkerView(info=info(worker_id, Role.PREFILL, node=node, spec=spec), free_blocks=256)
+    return view_of(info(worker_id, Role.PREFILL, node=node, spec=spec))
 
 
 def decode(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
-    return WorkerView(info=info(worker_id, Role.DECODE, node=node, spec=spec), free_blocks=256)
+    return view_of(info(worker_id, Role.DECODE, node=node, spec=spec))
 
 
 def ids(placement: Placement | NoWorker) -> tuple[str | None, str]:
@@ -80,13 +85,41 @@ P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
             ("p2", "d1"),
         ),
         (
+            "the faster prefill worker, though its queue is longer",
+            FleetView(
+                (
+                    replace(P1, queued_prefill_tokens=900, prefill_tokens_per_s=20_000.0),
+                    replace(P2, queued_prefill_tokens=600, prefill_tokens_per_s=5_000.0),
+                ),
+                (D1,),
+            ),
+            ("p1", "d1"),
+        ),
+        (
+            "the prefill worker whose queue will have gone down",
+            FleetView(
+                (
+                    replace(P1, queued_prefill_tokens=9000, prefill_tokens_per_s=10_000.0),
+                    replace(P2, queued_prefill_tokens=600, prefill_tokens_per_s=100.0),
+                ),
+                (D1,),
+                now_s=1.0,
+            ),
+            ("p1", "d1"),
+        ),
+        (
+            "the decode worker with blocks that hold nothing, between equals",
+            FleetView((P1,), (replace(D1, free_blocks=0, reclaimable_blocks=256), D2)),
+            ("p1", "d2"),
+        ),
+        (
             "the prefill worker that holds the prefix, though its queue is longer",
-            FleetView((replace(P1, cached_tokens=480, queued_prefill_tokens=300), P2), (D1,)),
+            FleetView((replace(P1, queued_prefill_tokens=300), P2), (D1,), {WorkerId("p1"): 480}),
             ("p1", "d1"),
         ),
         (
             "not the one that holds the prefix once its queue is longer than what it saves",
-            FleetView((replace(P1, cached_tokens=480, queued_prefill_tokens=900), P2), (D1,)),
+            FleetView((replace(P1, queued_prefill_tokens=1500), P2), (D1,), {WorkerId("p1"): 480}),
             ("p2", "d1"),
         ),
         (
@@ -101,7 +134,7 @@ P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
         ),
         (
             "the decode worker that holds the prefix, as nothing need be shipped",
-            FleetView((P1,), (D1, replace(D2, cached_tokens=320))),
+            FleetView((P1,), (D1, D2), {WorkerId("d2"): 320}),
             ("p1", "d2"),
         ),
         (
@@ -150,7 +183,7 @@ P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
         ),
         (
             "decode alone where it lacks little",
-            FleetView((P1,), (replace(D1, cached_tokens=480),)),
+            FleetView((P1,), (D1,), {WorkerId("d1"): 480}),
             (None, "d1"),
         ),
         (
@@ -168,7 +201,7 @@ P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
 def test_the_default_policy_takes(
     why: str, fleet: FleetView, expected: tuple[str | None, str]
 ) -> None:
-    assert ids(LoadAware().place(fleet, LONG)) == expected, why
+    assert ids(PrefixAware().place(fleet, LONG)) == expected, why
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -210,7 +243,7 @@ def test_a_request_with_tokens_stays_with_the_digest_that_made_them(policy: Poli
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_worker_whose_pool_is_too_small_is_left_out_while_another_fits(policy: Policy) -> None:
-    small = replace(D1, info=replace(D1.info, num_blocks=8))
+    small = view_of(replace(D1.info, num_blocks=8))
     for turn in range(4):
         request = replace(LONG, turn=turn)
         assert ids(policy.place(FleetView((), (small, D2)), request)) == (None, "d2")
@@ -234,10 +267,43 @@ def test_round_robin_goes_through_the_workers_whatever_their_load() -> None:
 
 def test_a_limit_of_zero_never_computes_at_decode_while_a_prefill_worker_is_there() -> None:
     fleet = FleetView((P1,), (D1,))
-    assert ids(LoadAware(local_prefill_tokens=0).place(fleet, PlaceRequest(num_tokens=1))) == (
+    assert ids(PrefixAware(local_prefill_tokens=0).place(fleet, PlaceRequest(num_tokens=1))) == (
         "p1",
         "d1",
     )
+
+
+def test_a_sessions_last_decode_worker_breaks_ties_and_no_more() -> None:
+    fleet = FleetView((P1,), (D1, D2))
+    for turn in range(4):
+        request = replace(LONG, turn=turn, last_decode=WorkerId("d2"))
+        assert ids(PrefixAware().place(fleet, request)) == ("p1", "d2")
+        busy = FleetView((P1,), (D1, replace(D2, requests=1)))
+        assert ids(PrefixAware().place(busy, request)) == ("p1", "d1")
+
+
+def test_the_first_token_is_predicted_from_queue_speed_and_prefix() -> None:
+    """(queued - computed since + lacking) / speed; unknown while nobody has measured a speed."""
+    worker = replace(P1, queued_prefill_tokens=300, as_of_s=1.0, prefill_tokens_per_s=1000.0)
+    fleet = FleetView((worker,), (D1,), {WorkerId("p1"): 400, WorkerId("d1"): 160}, now_s=1.1)
+    placed = PrefixAware().place(fleet, LONG)
+    assert isinstance(placed, Placement)
+    assert placed.predicted_ttft_s == pytest.approx((300 - 100 + 100) / 1000)
+    assert (placed.prefill_cached_tokens, placed.skip_tokens) == (400, 160)
+    unknown = PrefixAware().place(FleetView((P1,), (D1,)), LONG)
+    assert isinstance(unknown, Placement)
+    assert unknown.predicted_ttft_s is None
+
+
+def test_round_robin_and_least_loaded_do_not_see_prefixes() -> None:
+    """The baselines are what they say."""
+    fleet = FleetView((P1, replace(P2, queued_prefill_tokens=1)), (D1,), {WorkerId("p2"): 480})
+    least = policy_of(PlacementPolicy.LEAST_LOADED, local_prefill_tokens=32)
+    assert {ids(least.place(fleet, replace(LONG, turn=turn))) for turn in range(4)} == {
+        ("p1", "d1")
+    }
+    around = [ids(RoundRobin().place(fleet, replace(LONG, turn=turn)))[0] for turn in range(4)]
+    assert around == ["p1", "p2", "p1", "p2"]
 
 
 views = st.builds(
@@ -253,7 +319,9 @@ views = st.builds(
     requests=st.integers(0, 50),
     queued_prefill_tokens=st.integers(0, 5000),
     free_blocks=st.integers(0, 256),
-    cached_tokens=st.integers(0, 60).map(lambda blocks: 16 * blocks),
+    reclaimable_blocks=st.integers(0, 256),
+    prefill_tokens_per_s=st.sampled_from([0.0, 1000.0, 50_000.0]),
+    decode_step_s=st.sampled_from([0.0, 0.02, 0.5]),
 )
 
 
@@ -266,6 +334,11 @@ fleets = st.builds(
     FleetView,
     st.lists(views, max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
     st.lists(views.map(as_decode), max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
+    st.dictionaries(
+        st.builds("{}{}".format, st.sampled_from("pd"), st.integers(0, 30)).map(WorkerId),
+        st.integers(1, 60).map(lambda blocks: 16 * blocks),
+    ),
+    st.sampled_from([0.0, 0.3]),
 )
 requests = st.builds(
     PlaceRequest,
@@ -295,7 +368,7 @@ def test_on_any_fleet_a_placement_upholds_what_every_policy_promises(
     if sound:
         assert placed.decode in sound
     if placed.prefill is None:
-        lacking = request_.num_tokens - placed.decode.cached_tokens
+        lacking = request_.num_tokens - placed.skip_tokens
         partners = [
             w
             for w in view.prefill
@@ -318,7 +391,7 @@ def test_on_any_fleet_a_placement_upholds_what_every_policy_promises(
 def test_adding_load_to_the_chosen_decode_worker_never_attracts_a_request(
     view: FleetView, request_: PlaceRequest
 ) -> None:
-    before = LoadAware().place(view, request_)
+    before = PrefixAware().place(view, request_)
     if isinstance(before, NoWorker):
         return
     chosen = before.decode.info.worker_id
@@ -326,16 +399,16 @@ def test_adding_load_to_the_chosen_decode_worker_never_attracts_a_request(
         w if w.info.worker_id == chosen else replace(w, requests=w.requests + 1)
         for w in view.decode
     )
-    after = LoadAware().place(FleetView(view.prefill, others), request_)
+    after = PrefixAware().place(replace(view, decode=others), request_)
     assert isinstance(after, Placement)
     assert after.decode.info.worker_id == chosen
 
 
 def test_kv_that_was_left_a_moment_ago_counts_as_held() -> None:
     """In whole blocks, on that decode worker alone, and never less than what it reported."""
-    fleet = FleetView((P1,), (D1, replace(D2, cached_tokens=496)))
+    fleet = FleetView((P1,), (D1, D2), {WorkerId("d2"): 496})
     knowing = fleet.knowing(Resident(WorkerId("d1"), 495))
-    assert [worker.cached_tokens for worker in knowing.decode] == [480, 496]
+    assert knowing.cached == {"d1": 480, "d2": 496}
     assert fleet.knowing(Resident(WorkerId("d2"), 30)) == fleet
     assert fleet.knowing(Resident(WorkerId("gone"), 495)) == fleet
-    assert ids(LoadAware().place(FleetView((P1,), (D2, knowing.decode[0])), LONG)) == (None, "d1")
+    assert ids(PrefixAware().place(replace(knowing, decode=(D1,)), LONG)) == (None, "d1")

@@ -1,7 +1,8 @@
 """The registry's books: membership, reports, prefix caches, claims, suspicion."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -10,6 +11,7 @@ from baton.kv.prefix import block_hashes
 from baton.kv.spec import KVDtype, KVSpec
 from baton.types import BlockHash, PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
 from router.placement import WorkerView
+from router.prefix_index import PrefixIndex
 from router.registry import Claim, Registry
 
 SPEC = KVSpec(
@@ -43,10 +45,8 @@ def info(worker_id: str, role: Role = Role.DECODE, *, block_size: int = 4) -> Wo
     )
 
 
-def only_decode(
-    registry: Registry, now_s: float = 0.0, hashes: dict[int, Sequence[BlockHash]] | None = None
-) -> WorkerView:
-    (worker,) = registry.view(hashes or {}, now_s).decode
+def only_decode(registry: Registry, now_s: float = 0.0) -> WorkerView:
+    (worker,) = registry.view({}, now_s).decode
     return worker
 
 
@@ -73,7 +73,8 @@ def test_a_heartbeat_replaces_the_load_and_the_draining_flag() -> None:
     )
     assert registry.heartbeat(WorkerId("d"), session, load, NOTHING, draining=True, now_s=0.5)
     worker = only_decode(registry)
-    assert (worker.requests, worker.queued_prefill_tokens, worker.free_blocks) == (3, 9, 8)
+    assert (worker.requests, worker.queued_prefill_tokens) == (3, 9)
+    assert (worker.free_blocks, worker.reclaimable_blocks) == (5, 3)
     assert worker.draining
 
 
@@ -98,11 +99,11 @@ def test_cached_tokens_are_the_leading_blocks_that_the_worker_holds() -> None:
 
     def beat(delta: PrefixDelta) -> int:
         registry.heartbeat(WorkerId("d"), session, WorkerLoad(), delta, draining=False, now_s=1.0)
-        return only_decode(registry, hashes={4: hashes}).cached_tokens
+        return registry.view({4: hashes}, 1.0).cached.get(WorkerId("d"), 0)
 
-    assert beat(PrefixDelta(stored=(hashes[0], hashes[1], hashes[3]))) == 8
-    assert beat(PrefixDelta(stored=(hashes[2],))) == 16
-    assert beat(PrefixDelta(evicted=(hashes[1],))) == 4
+    assert beat(PrefixDelta(stored=(hashes[0], hashes[1]))) == 8
+    assert beat(PrefixDelta(stored=(hashes[2], hashes[3]))) == 16
+    assert beat(PrefixDelta(evicted=(hashes[3], hashes[2], hashes[1]))) == 4
     assert beat(PrefixDelta(evicted=(hashes[0],))) == 0
 
 
@@ -117,7 +118,7 @@ def test_hashes_are_looked_up_by_each_workers_block_size() -> None:
         )
     assert registry.block_sizes() == {4, 8}
     view = registry.view({size: block_hashes(tokens, size) for size in (4, 8)}, 1.0)
-    assert [w.cached_tokens for w in view.decode] == [8, 8]
+    assert view.cached == {"d4": 8, "d8": 8}
 
 
 def test_a_claim_weighs_at_once_and_its_release_takes_it_off() -> None:
@@ -201,6 +202,72 @@ def test_a_view_does_not_change_with_the_registry() -> None:
     assert view.decode == ()
 
 
+def test_a_queue_shrinks_by_the_workers_speed_and_grows_by_each_claim() -> None:
+    """Between two heartbeats, a view tells what the worker still has to compute at any instant."""
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    load = WorkerLoad(queued_prefill_tokens=500, prefill_tokens_per_s=1000.0)
+    registry.heartbeat(WorkerId("d"), session, load, NOTHING, draining=False, now_s=1.0)
+    assert [only_decode(registry).queued_at(now_s) for now_s in (1.0, 1.25, 2.0)] == [500, 250, 0]
+    registry.claim(replace(claim(), made_at_s=2.0))
+    assert [only_decode(registry).queued_at(now_s) for now_s in (2.0, 2.25)] == [100, 0]
+
+
+def test_claimed_blocks_are_taken_from_the_free_ones_first() -> None:
+    registry = Registry()
+    session = registry.join(info("d"), 0.0)
+    load = WorkerLoad(free_blocks=10, cached_blocks=5)
+    registry.heartbeat(WorkerId("d"), session, load, NOTHING, draining=False, now_s=1.0)
+    found = []
+    for _ in range(3):
+        registry.claim(claim())
+        worker = only_decode(registry)
+        found.append((worker.free_blocks, worker.reclaimable_blocks))
+    assert found == [(3, 5), (0, 1), (0, 0)]
+
+
+def test_a_worker_that_has_measured_nothing_counts_as_typical_of_its_role() -> None:
+    registry = Registry()
+    for name, role in (("d", Role.DECODE), ("new", Role.DECODE), ("p", Role.PREFILL)):
+        session = registry.join(info(name, role), 0.0)
+        load = WorkerLoad(prefill_tokens_per_s=800.0 if name == "d" else 0.0)
+        registry.heartbeat(WorkerId(name), session, load, NOTHING, draining=False, now_s=1.0)
+    view = registry.view({}, 1.0)
+    assert [w.prefill_tokens_per_s for w in view.decode] == [800.0, 800.0]
+    assert [w.prefill_tokens_per_s for w in view.prefill] == [0.0]
+
+
+@hypothesis_settings(deadline=None)
+@given(st.data())
+def test_the_index_finds_what_a_search_of_every_cache_would_find(data: st.DataObject) -> None:
+    """Whatever is stored, evicted, joins and leaves, in whatever order. Two sequences share their first three blocks."""
+    one = [BlockHash(n) for n in range(10)]
+    sequences = [one, one[:3] + [BlockHash(100 + n) for n in range(6)]]
+    index, caches = PrefixIndex(4), dict[WorkerId, set[BlockHash]]()
+    for _ in range(data.draw(st.integers(1, 30))):
+        worker_id = WorkerId(data.draw(st.sampled_from("abcd")))
+        if worker_id not in caches:
+            index.add(worker_id)
+            caches[worker_id] = set()
+        elif data.draw(st.integers(0, 4)) == 0:
+            index.remove(worker_id)
+            del caches[worker_id]
+        else:
+            kept = set[BlockHash]()
+            for sequence in sequences:
+                kept.update(sequence[: data.draw(st.integers(0, len(sequence)))])
+            before, caches[worker_id] = caches[worker_id], kept
+            delta = PrefixDelta(stored=tuple(kept - before), evicted=tuple(before - kept))
+            index.update(worker_id, delta)
+        index.check_integrity()
+        for sequence in [*sequences, []]:
+            depths = {
+                worker: next((i for i, h in enumerate(sequence) if h not in cache), len(sequence))
+                for worker, cache in caches.items()
+            }
+            assert index.cached_tokens(sequence) == {w: 4 * d for w, d in depths.items() if d}
+
+
 class RegistryMachine(RuleBasedStateMachine):
     """Whatever happens in whatever order, the books balance, and without claims nothing is claimed."""
 
@@ -241,6 +308,14 @@ class RegistryMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         if self.claims:
             self.registry.release(self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1))))
+
+    @rule()
+    def look(self) -> None:
+        view = self.registry.view({}, self.now_s)
+        assert {w.info.worker_id for w in view.decode} == set(self.sessions)
+        for worker in view.decode:
+            mine = [c for c in self.claims if c.worker_id == worker.info.worker_id]
+            assert worker.requests <= len(mine)
 
     @rule(name=names)
     def suspect(self, name: str) -> None:

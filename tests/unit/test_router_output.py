@@ -13,9 +13,16 @@ from router.text import OutputText, Tokenizer
 BYTES = Tokenizer.of_bytes()
 
 
-def output(max_tokens: int = 1000, *, stop: tuple[str, ...] = (), eos: int = 0) -> Output:
+def output(
+    max_tokens: int = 1000,
+    *,
+    stop: tuple[str, ...] = (),
+    eos: int = 0,
+    max_unread_bytes: int = 1 << 20,
+) -> Output:
     sampling = SamplingParams(max_tokens=max_tokens, stop=stop)
-    return Output(OutputText(BYTES, sampling, prompt=(65,), eos_token_ids=(eos,)), max_tokens)
+    text = OutputText(BYTES, sampling, prompt=(65,), eos_token_ids=(eos,))
+    return Output(text, max_tokens, max_unread_bytes=max_unread_bytes)
 
 
 async def drain(buffer: Output) -> list[Piece]:
@@ -104,3 +111,27 @@ async def test_a_reader_waits_for_output_and_learns_of_the_end() -> None:
     await asyncio.sleep(0)
     buffer.close()
     assert [piece.text for piece in await reader] == ["a"]
+
+
+@pytest.mark.parametrize("logprobs", [0, 5])
+async def test_what_a_reader_leaves_is_bounded_in_bytes(logprobs: int) -> None:
+    """A reader that takes nothing ends the output before it holds much more than the limit; log-probabilities count."""
+    buffer = output(100_000, max_unread_bytes=10_000)
+    seen = PositionLogprobs(TokenLogprob(97, -1.0), (TokenLogprob(97, -1.0),) * (logprobs - 1))
+    puts = 0
+    while not buffer.put(TokenChunk(puts, (97,), (seen,) if logprobs else ())):
+        puts += 1
+    assert buffer.overflowed
+    assert buffer.end is None
+    assert puts == 10_000 // (5 + 12 * logprobs)
+
+
+async def test_a_reader_that_keeps_up_is_never_given_up() -> None:
+    """What was taken does not count: an output may be many times as long as the limit."""
+    buffer = output(100_000, max_unread_bytes=10_000)
+    for index in range(0, 20_000, 100):
+        assert not buffer.put(TokenChunk(index, (97,) * 100))
+        if index % 1000 == 900:
+            for _ in range(5):
+                buffer.take()
+    assert not buffer.overflowed
