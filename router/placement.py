@@ -37,9 +37,9 @@ class WorkerView:
     reclaimable_blocks: int = 0
     """Hold no more than a reusable prefix, which is lost where they are taken."""
     prefill_tokens_per_s: float = 0.0
-    """Measured by it, or typical of its role where it has measured nothing; 0 where nobody has."""
+    """Measured by it, or typical of its role, or of the fleet, where it has measured nothing; 0 where nobody has."""
     decode_step_s: float = 0.0
-    """Mean length of its steps that generate; 0 where it has not measured any."""
+    """Mean length of its steps that generate, or typical; 0 where nobody has measured any."""
 
     @property
     def digest(self) -> str:

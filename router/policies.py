@@ -24,6 +24,8 @@ from router.placement import (
 
 NOMINAL_TOKENS_PER_S = 10_000.0
 """Stands for a speed that nobody has measured yet."""
+NOMINAL_STEP_S = 0.02
+"""Stands for a length of step that nobody has measured yet."""
 
 _Costed = tuple[float, WorkerView]
 """Seconds, and the worker that they are for."""
@@ -84,10 +86,12 @@ class PrefixAware:
     """Decode computes the prompt itself where it lacks at most so many tokens."""
     work_weight: float = 2.0
     """A second of computing a prompt: it delays the request, and takes as much from those that come after."""
-    request_s: float = 0.0024
-    """What one more request on a decode worker costs the ones that run there."""
-    step_weight: float = 1.0
-    """A second of a decode worker's steps."""
+    step_weight: float = 0.25
+    """A step of a decode worker: those of some are longer."""
+    request_weight: float = 0.12
+    """One more request on a decode worker, in steps of those that run there."""
+    handoff_s: float = 0.005
+    """Any handoff, whatever its size."""
     near_handoff_s: float = 5e-6
     """Shipping the KV of a token within a node."""
     far_handoff_s: float = 25e-6
@@ -98,8 +102,8 @@ class PrefixAware:
     """Computing a token whose block another prefix must give up."""
     interference_weight: float = 3.0
     """Computing a prompt's token on a decode worker, where every running request waits for it."""
-    session_s: float = 1e-4
-    """What the worker of a session's last turn is ahead of its equals."""
+    session_weight: float = 0.005
+    """What the worker of a session's last turn is ahead of its equals, in steps."""
 
     def place(self, view: FleetView, request: PlaceRequest) -> Placement | NoWorker:
         among = candidates(view, request)
@@ -111,17 +115,18 @@ class PrefixAware:
         floor_s = 0.0
         if far and least_missing > self.local_prefill_tokens:
             # Nobody's prompt is computed for less, so that most decode workers need no second look.
-            floor_s = min(cost_s for cost_s, _ in far.values()) - self.session_s
+            floor_s = self.handoff_s + min(cost_s for cost_s, _ in far.values())
         best_s = float("inf")
         chosen: tuple[WorkerView | None, WorkerView] | None = None
         for decode in among.decode:
-            cost_s = self.request_s * decode.requests + self.step_weight * decode.decode_step_s
             info = decode.info
+            steps = self.step_weight + self.request_weight * decode.requests
+            if info.worker_id == request.last_decode:
+                steps -= self.session_weight
+            cost_s = steps * (decode.decode_step_s or NOMINAL_STEP_S)
             if cost_s + floor_s >= best_s and info.spec.digest in far:
                 continue
             missing = max(1, num_tokens - cached.get(info.worker_id, 0))
-            if info.worker_id == request.last_decode:
-                cost_s -= self.session_s
             handoff_s = self.near_handoff_s * missing
             if cost_s + floor_s + handoff_s >= best_s and info.spec.digest in far:
                 continue
@@ -132,7 +137,7 @@ class PrefixAware:
                 cost_s += self.interference_weight * missing / _rate(decode)
             else:
                 pair_s, prefill = self._pair_s(decode, missing, near, far)
-                cost_s += pair_s
+                cost_s += self.handoff_s + pair_s
             if cost_s < best_s:
                 best_s, chosen = cost_s, (prefill, decode)
         assert chosen is not None

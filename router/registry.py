@@ -73,6 +73,7 @@ class Registry:
         self._prefixes: dict[int, PrefixIndex] = {}
         """By block size."""
         self._typical_tokens_per_s: dict[Role, float] = dict.fromkeys(Role, 0.0)
+        self._typical_step_s = 0.0
         self._sessions = 0
 
     def join(self, info: WorkerInfo, now_s: float) -> int:
@@ -110,7 +111,7 @@ class Registry:
         worker.load = load
         worker.draining = draining
         self._prefixes[worker.info.block_size_tokens].update(worker_id, prefix)
-        self._learn_speed(worker.info.role, load.prefill_tokens_per_s)
+        self._learn_speed(worker.info.role, load)
         # What was sent before the previous heartbeat came is part of this one's load.
         for claim in tuple(worker.hidden):
             if claim.sent_at_s is not None and claim.sent_at_s < worker.heard_at_s:
@@ -279,15 +280,15 @@ class Registry:
         self._suspects.discard(worker.info.worker_id)
         self._stale[worker.info.worker_id] = None
 
-    def _learn_speed(self, role: Role, tokens_per_s: float) -> None:
-        if tokens_per_s > 0:
-            before = self._typical_tokens_per_s[role] or tokens_per_s
-            mean = TYPICAL_MEMORY * before + (1 - TYPICAL_MEMORY) * tokens_per_s
-            self._typical_tokens_per_s[role] = mean
+    def _learn_speed(self, role: Role, load: WorkerLoad) -> None:
+        typical = self._typical_tokens_per_s
+        typical[role] = _averaged(typical[role], load.prefill_tokens_per_s)
+        self._typical_step_s = _averaged(self._typical_step_s, load.decode_step_s)
 
     def _view(self, worker: _Worker, now_s: float) -> WorkerView:
         load = worker.load
-        rate = load.prefill_tokens_per_s or self._typical_tokens_per_s[worker.info.role]
+        typical = self._typical_tokens_per_s
+        rate = load.prefill_tokens_per_s or typical[worker.info.role] or max(typical.values())
         # The queue as it goes: it shrinks while the worker computes, and grows with each claim.
         queued, as_of_s = float(load.queued_prefill_tokens), worker.heard_at_s
         claimed_blocks = 0
@@ -308,5 +309,12 @@ class Registry:
             free_blocks=max(0, free),
             reclaimable_blocks=max(0, load.cached_blocks + min(0, free)),
             prefill_tokens_per_s=rate,
-            decode_step_s=load.decode_step_s,
+            decode_step_s=load.decode_step_s or self._typical_step_s,
         )
+
+
+def _averaged(before: float, new: float) -> float:
+    """A moving average; 0 is no measurement."""
+    if before == 0 or new == 0:
+        return before or new
+    return TYPICAL_MEMORY * before + (1 - TYPICAL_MEMORY) * new

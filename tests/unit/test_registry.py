@@ -226,15 +226,27 @@ def test_claimed_blocks_are_taken_from_the_free_ones_first() -> None:
     assert found == [(3, 5), (0, 1), (0, 0)]
 
 
-def test_a_worker_that_has_measured_nothing_counts_as_typical_of_its_role() -> None:
+def test_a_worker_that_has_measured_nothing_counts_as_typical() -> None:
+    """Of its role, or of the fleet; where nobody has measured anything, nothing is known."""
     registry = Registry()
-    for name, role in (("d", Role.DECODE), ("new", Role.DECODE), ("p", Role.PREFILL)):
-        session = registry.join(info(name, role), 0.0)
-        load = WorkerLoad(prefill_tokens_per_s=800.0 if name == "d" else 0.0)
-        registry.heartbeat(WorkerId(name), session, load, NOTHING, draining=False, now_s=1.0)
+    names = (("d", Role.DECODE), ("new", Role.DECODE), ("p", Role.PREFILL))
+    sessions = {name: registry.join(info(name, role), 0.0) for name, role in names}
+    assert {w.prefill_tokens_per_s for w in registry.view({}, 0.0).decode} == {0.0}
+
+    def measured(name: str, tokens_per_s: float, step_s: float) -> None:
+        load = WorkerLoad(prefill_tokens_per_s=tokens_per_s, decode_step_s=step_s)
+        key = WorkerId(name)
+        registry.heartbeat(key, sessions[name], load, NOTHING, draining=False, now_s=1.0)
+
+    measured("p", 800.0, 0.0)
+    measured("d", 0.0, 0.02)
+    measured("new", 0.0, 0.0)
     view = registry.view({}, 1.0)
-    assert [w.prefill_tokens_per_s for w in view.decode] == [800.0, 800.0]
-    assert [w.prefill_tokens_per_s for w in view.prefill] == [0.0]
+    assert [w.prefill_tokens_per_s for w in (*view.decode, *view.prefill)] == [800.0] * 3
+    assert [w.decode_step_s for w in view.decode] == [0.02, 0.02]
+    measured("d", 300.0, 0.02)
+    measured("new", 0.0, 0.0)
+    assert [w.prefill_tokens_per_s for w in registry.view({}, 1.0).decode] == [300.0, 300.0]
 
 
 @hypothesis_settings(deadline=None)
@@ -360,7 +372,8 @@ def test_a_change_of_role_keeps_load_cache_and_claims() -> None:
     view = registry.view(hashes, 0.6)
     assert view.decode == ()
     (worker,) = view.prefill
-    assert (worker.cached_tokens, worker.requests, worker.info.role) == (8, 2, Role.PREFILL)
+    assert (worker.requests, worker.info.role) == (2, Role.PREFILL)
+    assert view.cached == {"d": 8}
     registry.check_integrity()
 
 
