@@ -48,8 +48,8 @@ async def test_the_prompt_is_computed_and_shipped_once() -> None:
 async def test_a_decode_worker_that_dies_costs_no_completion_a_token() -> None:
     """Promise: n = 4 continues with the same tokens when its decode worker is gone."""
     async with house(prefill=1, decode=2) as here:
-        undisturbed = await completions(here, 7, n=4)
-        call, tokens = here.call(7, n=4), defaultdict[int, list[int]](list)
+        undisturbed = await completions(here, 7, n=4, max_tokens=300)
+        call, tokens = here.call(7, n=4, max_tokens=300), defaultdict[int, list[int]](list)
         killed = False
         async for response in call:
             tokens[response.chunk.choice] += response.chunk.tokens.token_ids
