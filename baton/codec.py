@@ -117,6 +117,7 @@ def sequence_to_proto(sequence: Sequence) -> pb.Sequence:
         generated=sequence.generated,
         sampling=sampling,
         choice=sequence.sampling.choice,
+        cache_salt=sequence.cache_salt,
     )
 
 
@@ -127,6 +128,7 @@ def sequence_from_proto(message: pb.Sequence) -> Sequence:
         prompt=tuple(message.prompt),
         generated=tuple(message.generated),
         sampling=replace(sampling_from_proto(message.sampling), choice=message.choice),
+        cache_salt=message.cache_salt,
     )
 
 

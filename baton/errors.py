@@ -2,6 +2,8 @@
 
 BatonError
 ├── InvalidRequestError      the request can never succeed as written (names the field)
+├── UnauthenticatedError     no API key, or none that is valid
+├── PermissionDeniedError    the caller is known, and may not
 ├── NotFoundError            unknown model, request or session
 ├── AlreadyExistsError       a request of that id runs
 ├── CapacityError            no room now: queue, KV pool or object store (carries when to try again)
@@ -49,6 +51,18 @@ class InvalidRequestError(BatonError):
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+
+
+class UnauthenticatedError(BatonError):
+    """No API key, or none that is valid."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(BatonError):
+    """The caller is known, and may not."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class NotFoundError(BatonError):

@@ -97,6 +97,8 @@ class Sequence:
     generated: tuple[int, ...]
     """Tokens that earlier attempts generated: output positions [0, len(generated))."""
     sampling: SamplingParams
+    cache_salt: str = ""
+    """Only sequences of equal salt share KV through a prefix cache."""
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -162,6 +162,9 @@ class Admission:
         if tenant is None:
             tenant = self._tenants[name] = Tenant(self._limits(name))
             tenant.charge(0.0, now_s)
+        elif not tenant.running and not tenant.queue:
+            # They may have changed. Of a tenant that is here, nobody would be told that he may run now.
+            tenant.limits = self._limits(name)
         return tenant
 
     def _admit(self, tenant: Tenant, ticket: Ticket) -> None:

@@ -1,18 +1,21 @@
 """The router, put together: one object in a process of its own (`python -m router`), inside `baton serve`, and in tests.
 
-    start   session store → metrics → server → SERVING
+    start   session store → metrics → ports → SERVING
     drain   NOT_SERVING, new requests refused → running ones end, or the grace does
-    stop    requests fail with UNAVAILABLE → server → members → session store → metrics
+    stop    requests fail with UNAVAILABLE → ports → members → session store → metrics
 
 All methods are called on the event loop on which it was started.
 """
 
 import asyncio
 import logging
+from functools import partial
 
-from baton.errors import DrainingError, UnavailableError
+import grpc
+
+from baton.errors import BatonError, DrainingError
+from baton.service.access import Access
 from baton.service.metrics import RouterMetrics
-from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings
 from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
 from router.admission import Admission
@@ -21,13 +24,14 @@ from router.fleet import Fleet, FleetServicer
 from router.model import ServedModel
 from router.placement import Policy
 from router.policies import policy_of
+from router.ports import Ports
 from router.requests import RequestTable
 from router.servicer import InferenceServicer
 from router.sessions.location import open_store
 from router.sessions.manager import SessionManager
 from router.sessions.metrics import SessionMetrics
 from router.sessions.servicer import SessionServicer
-from router.tenants import LimitsOf, unlimited
+from router.tenants import LimitsOf
 from router.text import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -47,9 +51,11 @@ class RouterApp:
         settings: RouterSettings,
         tokenizer: Tokenizer,
         policy: Policy | None = None,
-        limits: LimitsOf = unlimited,
+        limits: LimitsOf | None = None,
     ) -> None:
-        """`policy` places requests; None is the one that the settings name. `limits` are each tenant's."""
+        """`policy` places requests; None is the one that the settings name. `limits` are each tenant's; None are those of its keys.
+        Raises `InvalidRequestError` where the settings contradict each other or name an unusable file.
+        """
         self._settings = settings
         self.metrics = RouterMetrics()
         self.model = ServedModel(settings, tokenizer)
@@ -59,22 +65,31 @@ class RouterApp:
             or policy_of(settings.placement, local_prefill_tokens=settings.local_prefill_tokens),
             self.metrics,
         )
+        self._ports = Ports(
+            settings,
+            client_services=[INFERENCE_SERVICE, SESSION_SERVICE],
+            fleet_service=FLEET_SERVICE,
+        )
         admission = Admission(
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             ageing_s=settings.priority_ageing_s,
-            limits=limits,
+            limits=limits or self._ports.access.limits_of,
         )
         self.table = RequestTable(admission, self.metrics)
-        self._server = GrpcServer(settings, [INFERENCE_SERVICE, SESSION_SERVICE, FLEET_SERVICE])
         self._sessions: SessionManager | None = None
         self.metrics_port = 0
         self._autoscaling: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
-        """Where it listens. Precondition: started."""
-        return self._server.port
+        """Where clients find it. Precondition: started."""
+        return self._ports.port
+
+    @property
+    def fleet_port(self) -> int:
+        """Where workers find it. Precondition: started."""
+        return self._ports.fleet_port
 
     async def start(self) -> int:
         """Returns the port once the router serves. Raises `UnavailableError` where a port is taken or the session store cannot be opened,
@@ -84,46 +99,31 @@ class RouterApp:
         sessions = self._sessions = SessionManager(
             store, self._settings, SessionMetrics(self.metrics.registry)
         )
-        inference = InferenceServicer(
-            self.model,
-            self.fleet,
-            self.table,
-            sessions,
-            settings=self._settings,
-            metrics=self.metrics,
-        )
-        session = SessionServicer(sessions, self.model)
         fleet = FleetServicer(self.fleet, self.model, self._settings)
-        self._server.register(
-            lambda server: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                inference, server
-            )
-        )
-        self._server.register(
-            lambda server: session_pb2_grpc.add_SessionServiceServicer_to_server(session, server)
-        )
-        self._server.register(
+        self._ports.register_for_clients(partial(self._add_client_services, sessions))
+        self._ports.register_for_fleet(
             lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         )
         try:
             self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)
-            await self._server.start()
-        except UnavailableError:
+            await self._ports.start()
+        except BatonError:
             await sessions.close()
             self.metrics.close()
             raise
         sessions.start()
-        await self._server.set_serving(serving=True)
+        await self._ports.set_serving(serving=True)
         if self._settings.autoscale:
             autoscaler = Autoscaler(self.fleet, self._settings)
             self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
-        _log.info("serving on port %d, metrics on port %d", self.port, self.metrics_port)
+        ports = (self.port, self.fleet_port, self.metrics_port)
+        _log.info("serving on port %d, workers join on port %d, metrics on port %d", *ports)
         return self.port
 
     async def drain(self, grace_s: float) -> bool:
         """Returns whether every request has ended by itself within the grace. Idempotent."""
         self.table.refuse_new()
-        await self._server.set_serving(serving=False)
+        await self._ports.set_serving(serving=False)
         idle = await self.table.idle(grace_s)
         if not idle:
             _log.warning("%d requests still run after the drain's %.0f s", len(self.table), grace_s)
@@ -139,11 +139,27 @@ class RouterApp:
         self.table.abort_all(DrainingError("the router stopped"))
         if not await self.table.idle(ABORT_TIMEOUT_S):
             _log.error("stopping: %d requests did not end", len(self.table))
-        await self._server.stop(0)
+        await self._ports.stop()
         await self.fleet.close()
         if self._sessions is not None:
             await self._sessions.close()
         self.metrics.close()
+
+    def _add_client_services(
+        self, sessions: SessionManager, server: grpc.aio.Server, access: Access
+    ) -> None:
+        inference = InferenceServicer(
+            self.model,
+            self.fleet,
+            self.table,
+            sessions,
+            access=access,
+            settings=self._settings,
+            metrics=self.metrics,
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        session = SessionServicer(sessions, self.model, access=access)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(session, server)
 
 
 def load_tokenizer(settings: RouterSettings) -> Tokenizer:

@@ -205,12 +205,12 @@ class Generation:
         self, placement: Placement, moved: Moved | None
     ) -> tuple[Failure | None, FinishReason | None]:
         generated = tuple(self._output.generated)
+        known = generated
         if moved is not None:
             # The KV of the last token is computed by whoever generates the next one.
-            placement = replace(placement, prefill=None)
-            sequence = Sequence(self._request.prompt, generated[:-1], self._sampling)
-        else:
-            sequence = Sequence(self._request.prompt, generated, self._sampling)
+            placement, known = replace(placement, prefill=None), generated[:-1]
+        request = self._request
+        sequence = Sequence(request.prompt, known, self._sampling, request.cache_salt)
         with self._fleet.hold(placement, len(sequence), moves=moved is not None) as held:
             attempt = Attempt(
                 AttemptKey(self._name, len(self.reports)),

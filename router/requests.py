@@ -48,7 +48,8 @@ class RequestTable:
     def __init__(self, admission: Admission, metrics: RouterMetrics) -> None:
         self._admission = admission
         self._metrics = metrics
-        self._requests: dict[RequestId, _Running] = {}
+        self._requests: dict[tuple[str, RequestId], _Running] = {}
+        """By tenant and id: an id says nothing outside its tenant."""
         self._turns: dict[Ticket, asyncio.Future[Reject | None]] = {}
         """Of requests that wait; the result is the refusal of one that must give way."""
         self._refuses = False
@@ -69,16 +70,17 @@ class RequestTable:
     ) -> AsyncIterator[None]:
         """Serves a request inside the context, once it is its turn. `predicted_ttft_s` tells how long it would take to its first token
         if it were served now, `completion_tokens` what it has generated at its end. Raises `DrainingError` while draining,
-        `AlreadyExistsError` where one of that id is here, `CapacityError` where admission refuses it, and what the request was
+        `AlreadyExistsError` where one of that id and tenant is here, `CapacityError` where admission refuses it, and what the request was
         aborted with.
         """
         if self._refuses:
             raise DrainingError("the router is draining")
-        if request_id in self._requests:
+        name = (demand.tenant, request_id)
+        if name in self._requests:
             raise AlreadyExistsError(f"a request {request_id!r} runs")
         task = asyncio.current_task()
         assert task is not None
-        running = self._requests[request_id] = _Running(task)
+        running = self._requests[name] = _Running(task)
         self._idle.clear()
         try:
             async with self._turn(demand, predicted_ttft_s, completion_tokens):
@@ -93,18 +95,18 @@ class RequestTable:
             running.uncancel()
             raise running.error from None
         finally:
-            if self._requests.get(request_id) is running:
-                del self._requests[request_id]
+            if self._requests.get(name) is running:
+                del self._requests[name]
             if not self._requests:
                 self._idle.set()
 
-    def replace(self, request_id: RequestId) -> None:
+    def replace(self, request_id: RequestId, tenant: str) -> None:
         """A request of that id, if one is here, gives up its id: another stream goes on with it, and its own will end."""
-        self._requests.pop(request_id, None)
+        self._requests.pop((tenant, request_id), None)
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request with `CancelledError`. Raises `NotFoundError`."""
-        running = self._requests.get(RequestId(request_id))
+    def cancel(self, request_id: str, tenant: str) -> None:
+        """Ends a request with `CancelledError`. Raises `NotFoundError`, also for another tenant's."""
+        running = self._requests.get((tenant, RequestId(request_id)))
         if running is None:
             raise NotFoundError("request", request_id)
         running.abort(CancelledError(f"request {request_id!r} was cancelled"))

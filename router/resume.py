@@ -27,6 +27,7 @@ def resume(
         prompt=sequence.prompt,
         sampling=replace(sequence.sampling, choice=0, stop=record.stop, n=record.n),
         tenant=record.tenant,
+        cache_salt=sequence.cache_salt,
         turn=record.turn,
     )
     known = [Known(each.next_index, each.text_characters) for each in request.positions]

@@ -22,6 +22,7 @@ from baton.errors import (
 )
 from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
+from baton.service.access import Access, Caller
 from baton.service.calls import Context, time_left_s
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
@@ -38,7 +39,6 @@ from router.output import Piece
 from router.requests import RequestTable
 from router.resume import resume
 from router.sessions.manager import SessionManager
-from router.sessions.tenant import tenant_of
 from router.sessions.turn import Turn, TurnResult
 from router.tenants import Demand
 from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
@@ -57,9 +57,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         table: RequestTable,
         sessions: SessionManager,
         *,
+        access: Access,
         settings: RouterSettings,
         metrics: RouterMetrics,
     ) -> None:
+        self._access = access
         self._model = model
         self._fleet = fleet
         self._table = table
@@ -74,21 +76,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
         account = Account(Timeline(received_s=now_s))
         stream = ClientStream(context, self._settings.write_stall_s)
-        session = self._sessions.turn(
-            tenant_of(context), request.session_id, model=self._model.name
-        )
+        caller = self._access.caller_of(context)
+        session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)
         async with (
             account.counted(self._metrics),
             session as account.turn,
             account.bounded(deadline_s),
         ):
             facts = await self._facts()
-            valid = account.request = await self._parse(request, facts, account.turn)
+            valid = account.request = await self._parse(request, facts, caller, account.turn)
             account.stage = "admission"
-            hashes = SequenceHashes(valid.prompt)
+            hashes = SequenceHashes(valid.prompt, valid.cache_salt)
             entry = self._table.enter(
                 valid.request_id,
-                self._demand(valid, tenant_of(context), account.timeline, deadline_s),
+                self._demand(valid, account.timeline, deadline_s),
                 predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
                 completion_tokens=lambda: account.completion_tokens,
             )
@@ -102,16 +103,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         account = Account(Timeline(received_s=now_s))
         stream = ClientStream(context, self._settings.write_stall_s)
         async with account.counted(self._metrics), account.bounded(deadline_s):
+            tenant = self._access.caller_of(context).tenant
             facts = await self._facts()
             account.stage = "attach"
-            valid, resumption = resume(request, await self._find(request.request_id))
+            valid, resumption = resume(request, await self._find(request.request_id, tenant))
             account.request = valid
             deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-            self._table.replace(valid.request_id)
+            self._table.replace(valid.request_id, tenant)
             # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
             entry = self._table.enter(
                 valid.request_id,
-                Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
+                Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
                 predicted_ttft_s=lambda: None,
                 completion_tokens=lambda: account.completion_tokens,
             )
@@ -120,7 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     facts,
                     account,
                     stream,
-                    SequenceHashes(valid.prompt),
+                    SequenceHashes(valid.prompt, valid.cache_salt),
                     deadline_s=deadline_s,
                     resumption=resumption,
                 )
@@ -128,15 +130,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Cancel(  # noqa: N802
         self,
         request: pb.CancelRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> pb.CancelResponse:
-        self._table.cancel(request.request_id)
+        self._table.cancel(request.request_id, self._access.caller_of(context).tenant)
         return pb.CancelResponse()
 
     async def GetModel(  # noqa: N802
         self,
         request: pb.GetModelRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> pb.GetModelResponse:
         name, latest = self._model.name, self._model.latest
         if request.model and request.model != name:
@@ -144,8 +146,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         response = pb.GetModelResponse(
             model=name,
             has_chat_template=self._model.tokenizer.has_chat_template,
-            workers=[codec.worker_info_to_proto(info) for info in self._fleet.registry.infos()],
         )
+        if self._access.caller_of(context).is_admin:
+            infos = self._fleet.registry.infos()
+            response.workers.extend(codec.worker_info_to_proto(info) for info in infos)
         if latest is not None:
             response.fingerprint = latest.spec.model_fingerprint
             response.dtype = latest.spec.dtype.value
@@ -163,10 +167,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return facts
 
     async def _parse(
-        self, request: pb.GenerateRequest, facts: ModelFacts, turn: Turn | None
+        self, request: pb.GenerateRequest, facts: ModelFacts, caller: Caller, turn: Turn | None
     ) -> ValidRequest:
         history = NO_HISTORY if turn is None else turn.history
-        parse = partial(parse_generate, request, facts, self._model.tokenizer, history)
+        tokenizer = self._model.tokenizer
+        parse = partial(parse_generate, request, facts, tokenizer, caller=caller, history=history)
         # A conversation may have to be tokenized anew.
         inline = request.ByteSize() + 4 * len(history.tokens) <= INLINE_BYTES
         valid = parse() if inline else await asyncio.to_thread(parse)
@@ -177,7 +182,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError(FieldViolation("sampling.n", problem))
         turn.messages = chat_turns(request.chat)
         unreported_s = 2 * self._settings.heartbeat_s
-        resident = turn.resident(valid.prompt, unreported_s)
+        resident = turn.resident(valid.prompt, valid.cache_salt, unreported_s)
         return replace(valid, resident=resident, turn=turn.record())
 
     @asynccontextmanager
@@ -194,25 +199,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             turn.messages = [ChatTurn(role, content) for role, content in record.said]
             yield turn
 
-    def _demand(
-        self, valid: ValidRequest, tenant: str, timeline: Timeline, deadline_s: float
-    ) -> Demand:
+    def _demand(self, valid: ValidRequest, timeline: Timeline, deadline_s: float) -> Demand:
         slo_s = valid.ttft_slo_s or self._settings.default_ttft_slo_s or math.inf
         late_at_s = min(deadline_s, timeline.received_s + slo_s)
         return Demand(
-            tenant=tenant,
+            tenant=valid.tenant,
             prompt_tokens=len(valid.prompt),
             max_tokens=valid.sampling.max_tokens * valid.sampling.n,
             priority=valid.priority,
             ttft_budget_s=max(0.0, late_at_s - time.monotonic()),
         )
 
-    async def _find(self, request_id: str) -> dict[int, HeldAttempt]:
-        """What workers hold of a request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
+    async def _find(self, request_id: str, tenant: str) -> dict[int, HeldAttempt]:
+        """What workers hold of a tenant's request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
         end_s = self._since_s + self._settings.worker_wait_s
         while True:
             members = self._fleet.decode_members()
-            if held := await find_held(members, request_id, tenant=""):
+            if held := await find_held(members, request_id, tenant):
                 return held
             if not await self._fleet.wait_for_change(end_s - time.monotonic()):
                 raise NotFoundError("request", request_id)
@@ -229,6 +232,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         valid = account.request
         assert valid is not None
+        if account.turn is not None:
+            account.turn.outlives = True
         account.timeline.record(Event.ADMITTED, time.monotonic())
         await stream.write(_accepted(valid, facts))
         answer = account.answer = Answer(
@@ -268,6 +273,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             answer=output.said,
             exact=output.stop is None and (end is None or bool(special)),
             cached_tokens=account.cached_tokens,
+            cache_salt=valid.cache_salt,
             prefill_worker=report.prefill_worker,
             decode_worker=report.decode_worker,
         )

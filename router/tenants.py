@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import inf
 
+from baton.service.keys import TenantLimits
+
 BURST_S = 10.0
 """Seconds' worth of tokens that a bucket holds by default."""
 OUTPUT_MEMORY = 0.9
@@ -14,28 +16,8 @@ OUTPUT_MEMORY = 0.9
 FIRST_OUTPUT_TOKENS = 256.0
 """Taken for the usual output of a tenant that has had none."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantLimits:
-    """What one tenant may use of one router. The default limits nothing."""
-
-    max_running: int | None = None
-    """Requests served at once; more of them wait."""
-    tokens_per_s: float | None = None
-    """Prompt and generated tokens; a request that comes too early is refused."""
-    burst_tokens: int | None = None
-    """Tokens that may come at once, after a rest; None is ten seconds' worth. A larger request takes all of a full bucket."""
-    weight: float = 1.0
-    """Its share of what the router serves while others wait too, in proportion to theirs; > 0."""
-
-
 LimitsOf = Callable[[str], TenantLimits]
 """The limits of a tenant by its name; "" is every caller without one."""
-
-
-def unlimited(_tenant: str) -> TenantLimits:
-    """No limits for anyone, and equal shares."""
-    return TenantLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

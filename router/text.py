@@ -26,6 +26,7 @@ from router.chat import (
     ChatTurn,
     load_chat_template,
 )
+from router.control_tokens import ControlTokens
 
 _TOKENIZER_FILE = "tokenizer.json"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -44,6 +45,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._template = template
+        self._control = None if template is None else ControlTokens(backend)
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
 
@@ -86,9 +88,24 @@ class Tokenizer:
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """A prompt's tokens, with the special tokens that the tokenizer puts around a text; without them where the text goes on after
-        another.
+        another. A raw prompt is all one speaker's: strings of special tokens in it are those tokens, as everywhere with Hugging Face's
+        tokenizers.
         """
         return self._encode(text, "prompt.text", add_special_tokens=begins)
+
+    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
+        """The tokens of a conversation; its template alone writes special tokens, whatever the messages contain."""
+        control = self._control
+        if control is None or not self.must_quote(turns):
+            return self.encode_rendered(self.render_chat(turns))
+        mark = control.new_mark()
+        quoted = [ChatTurn(turn.role, control.quote(turn.content, mark)) for turn in turns]
+        return control.encode(self.render_chat(quoted), mark)
+
+    def must_quote(self, turns: Sequence[ChatTurn]) -> bool:
+        """Whether messages contain the text of special tokens, so that only `encode_chat` knows theirs from the template's."""
+        control = self._control
+        return control is not None and any(control.occur_in(turn.content) for turn in turns)
 
     def render_chat(self, turns: Sequence[ChatTurn]) -> str:
         """A conversation as its template writes it, every special token included."""
@@ -97,12 +114,8 @@ class Tokenizer:
             raise InvalidRequestError(violation)
         return self._template.render(turns)
 
-    def encode_chat(self, turns: Sequence[ChatTurn]) -> list[int]:
-        """The tokens of a conversation."""
-        return self.encode_rendered(self.render_chat(turns))
-
     def encode_rendered(self, text: str) -> list[int]:
-        """The tokens of a rendered conversation, or of its end."""
+        """The tokens of a rendered conversation, or of its end. Precondition: it need not be quoted."""
         return self._encode(text, "prompt.chat", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from baton.errors import FieldViolation, InvalidRequestError, NotFoundError
+from baton.service.access import LOCAL, Caller
 from baton.types import RequestId, SamplingParams, TurnRecord
 from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTurn
@@ -26,6 +27,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
+MAX_SALT_CHARACTERS = 128
 MAX_PRIORITY = 100
 
 NO_HISTORY = History()
@@ -57,6 +59,8 @@ class ValidRequest:
     """Resolved. max_tokens never passes the end of the context: a larger one is cut to it, and the output then ends with LENGTH."""
     tenant: str = ""
     """Whose request it is; empty where callers are not told apart."""
+    cache_salt: str = ""
+    """Whose KV the prompt may share, and who may share its own."""
     resident: Resident | None = None
     """Of a session's turn that follows closely on another."""
     turn: TurnRecord | None = None
@@ -71,6 +75,8 @@ def parse_generate(
     request: inference_pb2.GenerateRequest,
     model: ModelFacts,
     tokenizer: Tokenizer,
+    *,
+    caller: Caller = LOCAL,
     history: History = NO_HISTORY,
 ) -> ValidRequest:
     """`history` is what the prompt follows, where the request is a session's turn.
@@ -86,17 +92,21 @@ def parse_generate(
     except InvalidRequestError as error:
         violations = [*error.violations]
     violations += _id_violations(request.request_id)
+    violations += _salt_violations(request.cache_salt)
     violations += _urgency_violations(request)
     violations += _number_violations(request.sampling)
     violations += _bias_violations(request.sampling, model)
     violations += _stop_violations(request.sampling, model)
     if violations:
         raise InvalidRequestError(*violations)
+    highest = caller.limits.max_priority
     return ValidRequest(
         request_id=RequestId(request.request_id or secrets.token_hex(16)),
         prompt=prompt,
         sampling=_resolve(request.sampling, model.max_context_tokens - len(prompt)),
-        priority=request.priority,
+        tenant=caller.tenant,
+        cache_salt=caller.salted(request.cache_salt),
+        priority=request.priority if highest is None else min(request.priority, highest),
         ttft_slo_s=request.ttft_slo_seconds if request.HasField("ttft_slo_seconds") else None,
     )
 
@@ -162,6 +172,12 @@ def _id_violations(request_id: str) -> Iterator[FieldViolation]:
     if request_id and not _REQUEST_ID.fullmatch(request_id):
         allowed = "must be 1 to 128 characters of letters, digits, '.', '_', ':' and '-'"
         yield FieldViolation("request_id", allowed)
+
+
+def _salt_violations(salt: str) -> Iterator[FieldViolation]:
+    if len(salt) > MAX_SALT_CHARACTERS:
+        limits = f"must have at most {MAX_SALT_CHARACTERS} characters"
+        yield FieldViolation("cache_salt", limits)
 
 
 def _urgency_violations(request: inference_pb2.GenerateRequest) -> Iterator[FieldViolation]:

@@ -3,18 +3,29 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-examples", type=int, default=20, help="how hard to fuzz each method")
+
+
+def pytest_configure() -> None:
+    # How long an example takes is the machine's business.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
     """A local cluster that this process is connected to. Tests name their actors so that they do not collide."""
-    settings = LocalRaySettings(
+    local = LocalRaySettings(
         namespace="baton-tests", prestarted_workers=2, object_store_bytes=160 << 20
     )
-    with start_local(settings) as cluster:
+    with start_local(local) as cluster:
         yield cluster
 
 

@@ -14,6 +14,8 @@ from baton.errors import UnavailableError
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy, WorkerSettings
 from baton.types import Role
 
+LOOPBACK = "127.0.0.1"
+
 
 class Transport(Enum):
     """How KV goes from prefill to decode."""
@@ -41,6 +43,8 @@ class ServeConfig:
     port: int = 50051
     metrics_port: int = 9464
     """The router's; workers take free ports."""
+    fleet_port: int = 0
+    """Where workers join the router, on the loopback, so that nobody else can; 0 takes a free one."""
     object_store_bytes: int | None = None
     """Size of Ray's object store; None is sized from the machine."""
     local_prefill_tokens: int | None = None
@@ -60,6 +64,11 @@ class ServeConfig:
         host = "127.0.0.1" if self.host in {"0.0.0.0", "::", ""} else self.host  # noqa: S104 - compared
         return f"{host}:{self.port}"
 
+    @property
+    def fleet_address(self) -> str:
+        """Where this machine's workers find the router."""
+        return f"{LOOPBACK}:{self.fleet_port}"
+
     def workers(self, environ: Mapping[str, str]) -> tuple[tuple[Role, WorkerSettings], ...]:
         """Role and settings of each worker, prefill first. What has no option here comes from `BATON_*` variables."""
         slots = [(Role.PREFILL, i) for i in range(self.prefill)]
@@ -69,12 +78,12 @@ class ServeConfig:
     def _worker(self, name: str, environ: Mapping[str, str]) -> WorkerSettings:
         return WorkerSettings.from_env(
             environ,
-            host="127.0.0.1",
+            host=LOOPBACK,
             port=0,
             metrics_port=0,
             worker_id=name,
             transfer_address=name,
-            routers=(self.address,),
+            routers=(self.fleet_address,),
             drain_grace_s=self.drain_grace_s,
             log_format=self.log_format,
             log_level=self.log_level,
@@ -92,8 +101,14 @@ def with_ports(config: ServeConfig) -> ServeConfig:
     """
     with ExitStack() as held:
         ports = [_bind(config.host, port, held) for port in (config.port, config.metrics_port)]
-    drawn = not config.port
-    return replace(config, port=ports[0], metrics_port=ports[1], drawn_port=drawn)
+        fleet_port = _bind(LOOPBACK, config.fleet_port, held)
+    return replace(
+        config,
+        port=ports[0],
+        metrics_port=ports[1],
+        fleet_port=fleet_port,
+        drawn_port=not config.port,
+    )
 
 
 def _bind(host: str, port: int, held: ExitStack) -> int:

@@ -15,6 +15,7 @@ from baton.errors import (
     InvalidRequestError,
     ModelLoadError,
     NotFoundError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -65,12 +66,14 @@ def report(console: Console, error: BatonError, *, asking: bool = True) -> None:
         console.print(f"[dim]{escape(hint)}[/]", soft_wrap=True)
 
 
-def _hint(error: BatonError, *, asking: bool) -> str:
+def _hint(error: BatonError, *, asking: bool) -> str:  # noqa: PLR0911 - one for each kind
     match error:
         case UnavailableError(message=message) if "cannot listen" in message:
             return "Another server has the port; --port 0 and --metrics-port 0 take free ones."
         case UnavailableError() if asking:
             return "Is a server running there? Start one with `baton serve`, or name another with --address."
+        case UnauthenticatedError():
+            return "Put the key into BATON_API_KEY."
         case CapacityError(retry_after_s=seconds):
             return f"The server is busy; try again in {seconds:.1f} s."
         case ModelLoadError():

@@ -1,6 +1,6 @@
 """`baton fleet`: who serves, how busy, and in which role; and the word to a worker to turn or to drain.
 
-The router tells who is there; the rest is asked of each worker itself, so this runs where workers can be reached.
+The router tells an administrator who is there; the rest is asked of each worker itself, so this runs where workers can be reached.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from baton.cli.connect import connected, worker_channel
 from baton.cli.console import reported, stdout
 from baton.cli.options import Address
-from baton.client import Client
 from baton.codec import load_from_proto, role_from_proto, role_to_proto, worker_info_from_proto
 from baton.errors import BatonError, NotFoundError, PreconditionError
 from baton.service.status import error_from_rpc
@@ -98,7 +98,7 @@ def drain(context: typer.Context, worker: Worker, *, drain_timeout: DrainTimeout
 
 
 def _workers(address: str) -> tuple[WorkerInfo, ...]:
-    with Client(address) as client:
+    with connected(address) as client:
         return client.model().workers
 
 
@@ -146,7 +146,7 @@ def _state(status: worker_pb2.GetStatusResponse) -> str:
 def _reached(info: WorkerInfo) -> Iterator[worker_pb2_grpc.WorkerServiceStub]:
     """Raises what the worker answers, or that it does not, as a `BatonError`."""
     try:
-        with grpc.insecure_channel(info.address) as channel:
+        with worker_channel(info.address) as channel:
             yield worker_pb2_grpc.WorkerServiceStub(channel)
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from baton.cli.connect import connected
 from baton.cli.console import reported, seconds, size, stderr
 from baton.cli.options import (
     Address,
@@ -21,7 +22,7 @@ from baton.cli.options import (
     TopK,
     TopP,
 )
-from baton.client import ChatMessage, Client, Prompt, Result, SamplingOptions, Stream
+from baton.client import ChatMessage, Prompt, Result, SamplingOptions, Stream
 from baton.errors import FieldViolation, InvalidRequestError
 
 
@@ -95,7 +96,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    with reported(), Client(address) as client:
+    with reported(), connected(address) as client:
         text = _read(prompt, file)
         whole: Prompt = [ChatMessage("user", text)] if chat else text
         with client.generate(whole, sampling=sampling, timeout_s=timeout) as stream:

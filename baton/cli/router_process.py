@@ -98,6 +98,7 @@ def environment(config: ServeConfig) -> dict[str, str]:
         "BATON_LOG_FORMAT": config.log_format.value,
         "BATON_LOG_LEVEL": config.log_level.value,
         "BATON_MODEL": config.tokenizer,
+        "BATON_FLEET_LISTEN": config.fleet_address,
     }
     if config.local_prefill_tokens is not None:
         chosen["BATON_LOCAL_PREFILL_TOKENS"] = str(config.local_prefill_tokens)

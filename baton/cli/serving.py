@@ -13,10 +13,12 @@ from baton.cli.banner import Announcer
 from baton.cli.config import ServeConfig, Transport
 from baton.cli.console import stderr
 from baton.cli.signals import StopSignals
-from baton.client import AsyncClient
+from baton.client import AsyncClient, ConnectionOptions
 from baton.errors import BatonError, InternalError
 from baton.service import logging as service_logging
+from baton.service.channel import fleet_files
 from baton.service.settings import ServerSettings
+from baton.service.tls import TlsFiles
 from baton.types import WorkerInfo
 
 JOIN_TIMEOUT_S = 30.0
@@ -94,7 +96,7 @@ async def _joined(config: ServeConfig, count: int) -> None:
     """Returns when the router counts `count` members. Raises `InternalError` where that takes too long."""
     problem = "it does not answer"
     try:
-        async with asyncio.timeout(JOIN_TIMEOUT_S), AsyncClient(config.address) as client:
+        async with asyncio.timeout(JOIN_TIMEOUT_S), _administrator(config) as client:
             while True:
                 try:
                     model = await client.model(timeout_s=2.0)
@@ -109,6 +111,15 @@ async def _joined(config: ServeConfig, count: int) -> None:
         raise InternalError(
             f"the router at {config.address} is not ready after {JOIN_TIMEOUT_S:.0f} s: {problem}"
         ) from None
+
+
+def _administrator(config: ServeConfig) -> AsyncClient:
+    """At the workers' port, which asks for no key."""
+    files = fleet_files(ServerSettings.from_env(os.environ)) or TlsFiles()
+    connection = ConnectionOptions(
+        tls_ca_file=files.ca, tls_cert_file=files.cert, tls_key_file=files.key
+    )
+    return AsyncClient(config.fleet_address, connection=connection)
 
 
 async def _stop(fleet: Fleet, grace_s: float, at_once: asyncio.Event) -> bool:

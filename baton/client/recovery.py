@@ -4,16 +4,16 @@
     no worker holds it          ask for the whole again, with the same seed: the answer is the same, and what is here is left out
     it was never accepted       ask again
 
-Only a lost or a draining router is tried again; what a router itself says of a request stands. Used by one thread or task at a
-time.
+Only a lost or a draining router is tried again; what a router itself says of a request stands. A `Routers` may be shared by
+threads; a `Recovery` is used by one thread or task at a time.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Self
 
 import grpc
+import grpc.aio
 
 from baton.client.wire import Collector
 from baton.errors import (
@@ -26,6 +26,8 @@ from baton.errors import (
 )
 from baton.service.status import error_from_rpc, said_by_peer
 from baton.v1 import inference_pb2 as pb
+from baton.v1.inference_pb2_grpc import InferenceServiceStub
+from baton.v1.session_pb2_grpc import SessionServiceStub
 
 FIRST_PAUSE_S = 0.05
 MAX_PAUSE_S = 1.0
@@ -40,23 +42,44 @@ _LOST = {
 """How gRPC itself puts it that the connection, or the process at its other end, is gone."""
 
 
-StubT = TypeVar("StubT")
+Metadata = tuple[tuple[str, str], ...]
 
 
-class Routers(Generic[StubT]):
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a router is asked."""
+
+    inference: InferenceServiceStub
+    sessions: SessionServiceStub
+
+    @classmethod
+    def of(cls, channel: grpc.Channel | grpc.aio.Channel) -> Self:
+        return cls(InferenceServiceStub(channel), SessionServiceStub(channel))
+
+
+class Routers:
     """The routers of one fleet, and the one in use."""
 
-    def __init__(self, stubs: Sequence[StubT]) -> None:
-        self._stubs = deque(stubs)
+    def __init__(self, services: Sequence[Services], metadata: Metadata = ()) -> None:
+        self._services = tuple(services)
+        self._index = 0
+        self.metadata = metadata
+        """Goes with every call."""
 
     @property
-    def current(self) -> StubT:
-        return self._stubs[0]
+    def current(self) -> Services:
+        return self._services[self._index]
 
-    def move_on(self, lost: StubT) -> None:
+    def each(self) -> tuple[Services, ...]:
+        """All of them, the one in use first."""
+        index = self._index
+        return self._services[index:] + self._services[:index]
+
+    def move_on(self, lost: Services) -> None:
         """That one is lost; no effect where it is no longer in use."""
-        if self._stubs[0] is lost:
-            self._stubs.rotate(-1)
+        index = self._index
+        if self._services[index] is lost:
+            self._index = (index + 1) % len(self._services)
 
 
 def split_targets(address: str) -> list[str]:

@@ -6,15 +6,12 @@ client.complete("Who has the ball?", session=session)
 
 from collections.abc import AsyncIterator, Iterator
 
-import grpc
-import grpc.aio
-
+from baton.client.recovery import Routers
 from baton.client.types import Session, SessionState
+from baton.client.unary import ask, ask_async
 from baton.client.wire import session_id, usage
 from baton.errors import FieldViolation, InvalidRequestError
-from baton.service.status import error_from_rpc
 from baton.v1 import session_pb2 as pb
-from baton.v1.session_pb2_grpc import SessionServiceStub
 
 TIMEOUT_S = 10.0
 
@@ -28,8 +25,8 @@ _STATES_BACK = {number: state for state, number in _STATES.items()}
 class Sessions:
     """Of a `Client`. Sessions may be given as such, or by their ids."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        self._stub = SessionServiceStub(channel)
+    def __init__(self, routers: Routers) -> None:
+        self._routers = routers
 
     def create(
         self, *, ttl_s: float = 0.0, idle_s: float = 0.0, timeout_s: float | None = TIMEOUT_S
@@ -38,18 +35,14 @@ class Sessions:
         many.
         """
         request = pb.SessionServiceCreateRequest(ttl_seconds=ttl_s, idle_seconds=idle_s)
-        try:
-            return _session(self._stub.Create(request, timeout=timeout_s).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        return _session(
+            ask(self._routers, lambda to: to.sessions.Create, request, timeout_s).session
+        )
 
     def get(self, session: Session | str, *, timeout_s: float | None = TIMEOUT_S) -> Session:
         """As it is now. Raises `NotFoundError` once it was closed or has expired."""
         request = pb.SessionServiceGetRequest(session_id=session_id(session))
-        try:
-            return _session(self._stub.Get(request, timeout=timeout_s).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        return _session(ask(self._routers, lambda to: to.sessions.Get, request, timeout_s).session)
 
     def list(
         self,
@@ -63,10 +56,7 @@ class Sessions:
         """
         request = _list_request(state, page_size)
         while True:
-            try:
-                page = self._stub.List(request, timeout=timeout_s)
-            except grpc.RpcError as error:
-                raise error_from_rpc(error) from error
+            page = ask(self._routers, lambda to: to.sessions.List, request, timeout_s)
             yield from map(_session, page.sessions)
             if not page.next_page_token:
                 return
@@ -75,35 +65,30 @@ class Sessions:
     def close(self, session: Session | str, *, timeout_s: float | None = TIMEOUT_S) -> Session:
         """The router forgets it; a turn that runs ends with `SessionLostError`. Returns it as it was last. Raises `NotFoundError`."""
         request = pb.SessionServiceCloseRequest(session_id=session_id(session))
-        try:
-            return _session(self._stub.Close(request, timeout=timeout_s).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        return _session(
+            ask(self._routers, lambda to: to.sessions.Close, request, timeout_s).session
+        )
 
 
 class AsyncSessions:
     """Of an `AsyncClient`; the methods are those of `Sessions`."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = SessionServiceStub(channel)
+    def __init__(self, routers: Routers) -> None:
+        self._routers = routers
 
     async def create(
         self, *, ttl_s: float = 0.0, idle_s: float = 0.0, timeout_s: float | None = TIMEOUT_S
     ) -> Session:
         """See `Sessions.create`."""
         request = pb.SessionServiceCreateRequest(ttl_seconds=ttl_s, idle_seconds=idle_s)
-        try:
-            return _session((await self._stub.Create(request, timeout=timeout_s)).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        response = await ask_async(self._routers, lambda to: to.sessions.Create, request, timeout_s)
+        return _session(response.session)
 
     async def get(self, session: Session | str, *, timeout_s: float | None = TIMEOUT_S) -> Session:
         """See `Sessions.get`."""
         request = pb.SessionServiceGetRequest(session_id=session_id(session))
-        try:
-            return _session((await self._stub.Get(request, timeout=timeout_s)).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        response = await ask_async(self._routers, lambda to: to.sessions.Get, request, timeout_s)
+        return _session(response.session)
 
     async def list(
         self,
@@ -115,10 +100,7 @@ class AsyncSessions:
         """See `Sessions.list`."""
         request = _list_request(state, page_size)
         while True:
-            try:
-                page = await self._stub.List(request, timeout=timeout_s)
-            except grpc.RpcError as error:
-                raise error_from_rpc(error) from error
+            page = await ask_async(self._routers, lambda to: to.sessions.List, request, timeout_s)
             for each in page.sessions:
                 yield _session(each)
             if not page.next_page_token:
@@ -130,10 +112,8 @@ class AsyncSessions:
     ) -> Session:
         """See `Sessions.close`."""
         request = pb.SessionServiceCloseRequest(session_id=session_id(session))
-        try:
-            return _session((await self._stub.Close(request, timeout=timeout_s)).session)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        response = await ask_async(self._routers, lambda to: to.sessions.Close, request, timeout_s)
+        return _session(response.session)
 
 
 def _list_request(state: SessionState | None, page_size: int) -> pb.SessionServiceListRequest:

@@ -10,7 +10,7 @@ from typing import Self
 
 import grpc
 
-from baton.client.recovery import Recovery, Routers, split_targets
+from baton.client.recovery import Recovery, Routers, Services, split_targets
 from baton.client.sessions import Sessions
 from baton.client.types import (
     Chunk,
@@ -21,16 +21,18 @@ from baton.client.types import (
     SamplingOptions,
     Session,
 )
+from baton.client.unary import ask
 from baton.client.wire import (
     Collector,
+    call_metadata,
     channel_options,
+    credentials,
     generate_request,
     model_info,
     new_request_id,
 )
 from baton.service.status import error_from_rpc
 from baton.v1 import inference_pb2 as pb
-from baton.v1.inference_pb2_grpc import InferenceServiceStub
 
 
 class Stream:
@@ -40,7 +42,7 @@ class Stream:
 
     def __init__(
         self,
-        routers: Routers[InferenceServiceStub],
+        routers: Routers,
         request: pb.GenerateRequest | pb.AttachRequest,
         *,
         reconnect_s: float,
@@ -67,7 +69,7 @@ class Stream:
                 if retry is None or self._closed.wait(retry.pause_s):
                     raise error_from_rpc(error) from error
                 if retry.elsewhere:
-                    self._routers.move_on(self._stub)
+                    self._routers.move_on(self._router)
                 self._call = self._start(retry.message)
             else:
                 self._collector.check_ended()
@@ -76,11 +78,12 @@ class Stream:
     def _start(
         self, message: pb.GenerateRequest | pb.AttachRequest
     ) -> "grpc.CallIterator[pb.GenerateResponse]":
-        stub = self._stub = self._routers.current
+        router = self._router = self._routers.current
         timeout_s = None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+        metadata = self._routers.metadata
         if isinstance(message, pb.AttachRequest):
-            return stub.Attach(message, timeout=timeout_s)  # type: ignore[no-any-return]  # untyped stubs
-        return stub.Generate(message, timeout=timeout_s)  # type: ignore[no-any-return]
+            return router.inference.Attach(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]  # untyped stubs
+        return router.inference.Generate(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]
 
     def read(self) -> Result:
         """Waits for the end."""
@@ -128,19 +131,28 @@ class Client:
     """
 
     def __init__(
-        self, address: str = "127.0.0.1:50051", *, connection: ConnectionOptions | None = None
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        api_key: str = "",
+        connection: ConnectionOptions | None = None,
     ) -> None:
         """Connects on first use. `address` is host:port, or any target that gRPC resolves; several, separated by commas, are routers of
-        one fleet, and a request whose router is lost goes on at the next.
+        one fleet, and a request whose router is lost goes on at the next, where any other call is made too. Raises
+        `InvalidRequestError` for unusable certificate files.
         """
         connection = connection or ConnectionOptions()
-        options = channel_options(connection)
+        options, tls = channel_options(connection), credentials(connection)
         self._reconnect_s = connection.reconnect_s
         self._channels = [
-            grpc.insecure_channel(target, options=options) for target in split_targets(address)
+            grpc.insecure_channel(target, options=options)
+            if tls is None
+            else grpc.secure_channel(target, tls, options=options)
+            for target in split_targets(address)
         ]
-        self._routers = Routers([InferenceServiceStub(channel) for channel in self._channels])
-        self.sessions = Sessions(self._channels[0])
+        stubs = [Services.of(channel) for channel in self._channels]
+        self._routers = Routers(stubs, call_metadata(api_key))
+        self.sessions = Sessions(self._routers)
         """Conversations that the router remembers."""
 
     def generate(
@@ -150,15 +162,17 @@ class Client:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        cache_salt: str = "",
         session: Session | str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
         ttft_slo_s: float | None = None,
     ) -> Stream:
-        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`. With a session, the
-        prompt is what is new, and follows everything said before; `SessionBusyError` while another of its turns runs. Where requests
-        wait, those of higher `priority`, in [-100, 100], go first. A first token is wanted within `ttft_slo_s`: where that cannot
-        be, the request is refused before any work, with a `CapacityError` that says when to try again.
+        """Starts a request. `timeout_s` bounds all of it, from queue to last token; it then raises `DeadlineError`. Only
+        requests of the same `cache_salt` share the prompt's KV. With a session, the prompt is what is new, and follows everything
+        said before; `SessionBusyError` while another of its turns runs. Where requests wait, those of higher `priority`, in
+        [-100, 100], go first. A first token is wanted within `ttft_slo_s`: where that cannot be, the request is refused before any
+        work, with a `CapacityError` that says when to try again.
         """
         name = request_id if request_id is not None else new_request_id()
         request = generate_request(
@@ -166,6 +180,7 @@ class Client:
             request_id=name,
             model=model,
             sampling=sampling,
+            cache_salt=cache_salt,
             session=session,
             priority=priority,
             ttft_slo_s=ttft_slo_s,
@@ -186,6 +201,7 @@ class Client:
         sampling: SamplingOptions | None = None,
         request_id: str | None = None,
         model: str = "",
+        cache_salt: str = "",
         session: Session | str | None = None,
         timeout_s: float | None = None,
         priority: int = 0,
@@ -197,6 +213,7 @@ class Client:
             sampling=sampling,
             request_id=request_id,
             model=model,
+            cache_salt=cache_salt,
             session=session,
             timeout_s=timeout_s,
             priority=priority,
@@ -205,20 +222,15 @@ class Client:
             return stream.read()
 
     def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
-        """Ends a running request, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none runs."""
-        try:
-            self._routers.current.Cancel(pb.CancelRequest(request_id=request_id), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        """Ends a request of the same tenant, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none is."""
+        request = pb.CancelRequest(request_id=request_id)
+        ask(self._routers, lambda to: to.inference.Cancel, request, timeout_s)
 
     def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
         """Describes the served model and the workers that serve it now."""
-        try:
-            return model_info(
-                self._routers.current.GetModel(pb.GetModelRequest(model=name), timeout=timeout_s)
-            )
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        request = pb.GetModelRequest(model=name)
+        response = ask(self._routers, lambda to: to.inference.GetModel, request, timeout_s)
+        return model_info(response)
 
     def close(self) -> None:
         """Cancels what runs. Idempotent."""

@@ -71,6 +71,14 @@ class ConnectionOptions:
     """Largest message accepted from the server."""
     reconnect_s: float = 15.0
     """How long a request whose router is lost tries to go on, at that router or another; 0 not at all."""
+    tls: bool = False
+    """Speak TLS; so it is where one of the files is given. Files are read once, when the client is made."""
+    tls_ca_file: str = ""
+    """PEM certificates that the server's must chain to; empty: the system's."""
+    tls_cert_file: str = ""
+    """PEM certificate to show to servers that ask for one."""
+    tls_key_file: str = ""
+    """PEM key of that certificate."""
 
 
 @dataclass(frozen=True, slots=True)

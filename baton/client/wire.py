@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
+import grpc
+
 from baton.client.types import (
     Attempt,
     ChatMessage,
@@ -24,6 +26,8 @@ from baton.client.types import (
 )
 from baton.codec import chunk_from_proto, finish_reason_from_proto, worker_info_from_proto
 from baton.errors import FieldViolation, InternalError, InvalidRequestError
+from baton.service.access import HEADER
+from baton.service.tls import TlsFiles, channel_credentials
 from baton.types import PositionLogprobs, TokenChunk
 from baton.v1 import common_pb2
 from baton.v1 import inference_pb2 as pb
@@ -44,6 +48,21 @@ def channel_options(options: ConnectionOptions) -> list[tuple[str, int]]:
     return chosen
 
 
+def credentials(options: ConnectionOptions) -> grpc.ChannelCredentials | None:
+    """None for plaintext. Raises `InvalidRequestError` naming an unusable file."""
+    files = TlsFiles(cert=options.tls_cert_file, key=options.tls_key_file, ca=options.tls_ca_file)
+    return channel_credentials(files) if options.tls or files != TlsFiles() else None
+
+
+def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    """What goes with every call; nothing without a key. Raises `InvalidRequestError` for what no header can carry."""
+    if not api_key:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidRequestError(FieldViolation("api_key", "must be printable ASCII"))
+    return ((HEADER, f"Bearer {api_key}"),)
+
+
 def new_request_id() -> str:
     """Made here rather than by the router, so that a request can be cancelled before its first answer."""
     return f"c-{uuid.uuid4().hex}"
@@ -55,6 +74,7 @@ def generate_request(
     request_id: str,
     model: str,
     sampling: SamplingOptions | None,
+    cache_salt: str = "",
     session: Session | str | None = None,
     priority: int = 0,
     ttft_slo_s: float | None = None,
@@ -63,6 +83,7 @@ def generate_request(
     request = pb.GenerateRequest()
     _assign("request_id", partial(setattr, request, "request_id", request_id))
     _assign("model", partial(setattr, request, "model", model))
+    _assign("cache_salt", partial(setattr, request, "cache_salt", cache_salt))
     if session is not None:
         _assign("session_id", partial(setattr, request, "session_id", session_id(session)))
     _assign("priority", partial(setattr, request, "priority", priority))

@@ -10,7 +10,7 @@ WAITING ──▶ RESERVED ──▶ RUNNING ──▶ (gone)   DECODE: KV arriv
 from enum import Enum
 
 from baton.engine.base import EngineRequest, Mode
-from baton.kv.prefix import ROOT, child_hash
+from baton.kv.prefix import child_hash, root_of
 from baton.types import AttemptKey, BlockHash, FinishReason
 
 
@@ -47,6 +47,8 @@ class RequestState:
         self.num_published = 0
         """Leading blocks of the table that the prefix cache knows."""
         self.started = False
+        self.root = root_of(sequence.cache_salt)
+        """The parent of the first block's hash."""
         self._block_size = block_size
         self._hashes: list[BlockHash] = []
 
@@ -59,7 +61,7 @@ class RequestState:
         """Hashes of the first `num_blocks` blocks, all of which must be full of known tokens."""
         while len(self._hashes) < num_blocks:
             index = len(self._hashes)
-            parent = self._hashes[-1] if index else ROOT
+            parent = self._hashes[-1] if index else self.root
             self._hashes.append(child_hash(parent, self.block_tokens(index)))
         return self._hashes[:num_blocks]
 

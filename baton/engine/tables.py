@@ -6,7 +6,6 @@ engine.
 
 from baton.engine.request import RequestState
 from baton.kv.blocks import BlockPool, blocks_for
-from baton.kv.prefix import ROOT
 from baton.scheduling.plan import Waiting
 
 
@@ -67,7 +66,7 @@ class BlockTables:
         full = state.num_computed // self._pool.block_size
         hashes = state.hashes(full)
         for index in range(state.num_published, full):
-            parent = hashes[index - 1] if index else ROOT
+            parent = hashes[index - 1] if index else state.root
             tokens = state.block_tokens(index)
             if not self._pool.publish(state.table[index], hashes[index], parent, tokens):
                 return
@@ -78,7 +77,7 @@ class BlockTables:
         if not self._prefix_cache:
             return []
         full = (len(state.tokens) - 1) // self._pool.block_size
-        return self._pool.match(state.hashes(full), state.tokens)
+        return self._pool.match(state.hashes(full), state.tokens, state.root)
 
     def _total(self, state: RequestState) -> int:
         # A sequence whose KV is imported goes on with one more token at once.

@@ -60,13 +60,15 @@ class BlockPool:
         """Blocks that `allocate` could hand out now."""
         return len(self._blank) + len(self._cached)
 
-    def match(self, hashes: Sequence[BlockHash], tokens: Sequence[int]) -> list[int]:
+    def match(
+        self, hashes: Sequence[BlockHash], tokens: Sequence[int], root: BlockHash = ROOT
+    ) -> list[int]:
         """The blocks that carry the longest cached prefix of a sequence. Does not hold them.
 
-        `hashes[i]` names tokens [i * block_size, (i + 1) * block_size).
+        `hashes[i]` names tokens [i * block_size, (i + 1) * block_size), `root` is the parent of the first.
         """
         blocks = []
-        parent = ROOT
+        parent = root
         for index, block_hash in enumerate(hashes):
             block = self._by_hash.get(block_hash)
             if block is None:

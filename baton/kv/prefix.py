@@ -1,4 +1,5 @@
-"""Names for KV blocks by content: equal hashes mean the same tokens at the same positions with the same tokens before them.
+"""Names for KV blocks by content: equal hashes mean the same tokens at the same positions with the same tokens before them, under
+the same salt.
 
 Workers index their prefix caches by these, and routers compute them to find the worker that holds a prompt. Torch-free, pure.
 """
@@ -12,7 +13,18 @@ from struct import unpack
 from baton.types import BlockHash
 
 ROOT = BlockHash(0)
-"""The parent of a sequence's first block."""
+"""The parent of an unsalted sequence's first block."""
+
+
+def root_of(salt: str) -> BlockHash:
+    """The parent of a sequence's first block. Chains of different salts have no block in common, so that nobody learns from a hit
+    what was asked under a salt that is not his.
+    """
+    if not salt:
+        return ROOT
+    digest = blake2b(salt.encode(), digest_size=HASH_BYTES, person=b"baton-kv-salt").digest()
+    return BlockHash(int.from_bytes(digest, "little"))
+
 
 HASH_BYTES = 8
 TOKEN_BYTES = 4
@@ -40,8 +52,9 @@ def block_hashes(
 class SequenceHashes:
     """The block hashes of one sequence that grows at its end; each is computed once."""
 
-    def __init__(self, tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: Sequence[int], salt: str = "") -> None:
         self._tokens = list(tokens)
+        self._salt = salt
         self._hashes: dict[int, list[BlockHash]] = {}
 
     def __len__(self) -> int:
@@ -50,7 +63,7 @@ class SequenceHashes:
 
     def fork(self) -> "SequenceHashes":
         """Another sequence that begins as this one, with what was computed."""
-        other = SequenceHashes(self._tokens)
+        other = SequenceHashes(self._tokens, self._salt)
         other._hashes = {size: list(hashes) for size, hashes in self._hashes.items()}
         return other
 
@@ -59,11 +72,11 @@ class SequenceHashes:
         self._tokens.extend(tokens)
 
     def of(self, block_size: int) -> Sequence[BlockHash]:
-        """As `block_hashes` gives them for the whole sequence."""
+        """As `block_hashes` gives them for the whole sequence, under its salt."""
         hashes = self._hashes.setdefault(block_size, [])
         first = len(hashes) * block_size
         if len(self._tokens) - first >= block_size:
-            parent = hashes[-1] if hashes else ROOT
+            parent = hashes[-1] if hashes else root_of(self._salt)
             hashes += block_hashes(self._tokens[first:], block_size, parent)
         return hashes
 

@@ -1,5 +1,5 @@
-"""Between gRPC and the servicers: whatever a handler raises becomes a status, and bytes that are no message become
-INVALID_ARGUMENT.
+"""Between gRPC and the servicers: no handler runs for a caller without access, whatever a handler raises becomes a status, and bytes
+that are no message become INVALID_ARGUMENT.
 
 Runs on the server's event loop. Handlers are async: generators, or coroutines that return a response or write their own.
 Generators are closed here on every way out, so that their `finally` blocks run before the call ends, not when garbage is
@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, FieldViolation, InternalError, InvalidRequestError
+from baton.service.access import Access, check
 from baton.service.groups import first_error
 from baton.service.status import abort
 
@@ -39,6 +40,9 @@ class _Malformed:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at run time
     """See the module docstring."""
 
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
@@ -56,15 +60,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         )
         assert behaviour is not None
         return make(  # type: ignore[no-any-return]
-            wrap(behaviour, handler_call_details.method),
+            wrap(behaviour, handler_call_details.method, self._access),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
 
-def _respond_once(behaviour: _Behaviour, method: str) -> _Wrapped:
+def _respond_once(behaviour: _Behaviour, method: str, access: Access) -> _Wrapped:
     async def call(request: Any, context: _Context) -> Any:
         try:
+            check(access, method, context)
             return await behaviour(_checked(request), context)
         except asyncio.CancelledError as error:
             await _fail_unless_cancelled(context, error, method)
@@ -74,9 +79,10 @@ def _respond_once(behaviour: _Behaviour, method: str) -> _Wrapped:
     return call
 
 
-def _respond_stream(behaviour: _Behaviour, method: str) -> _Wrapped:
+def _respond_stream(behaviour: _Behaviour, method: str, access: Access) -> _Wrapped:
     async def call(request: Any, context: _Context) -> None:
         try:
+            check(access, method, context)
             responses = behaviour(_checked(request), context)
             if not inspect.isasyncgen(responses):
                 await responses
@@ -93,7 +99,7 @@ def _respond_stream(behaviour: _Behaviour, method: str) -> _Wrapped:
 
 
 _KINDS: dict[
-    tuple[bool, bool], tuple[Callable[[_Behaviour, str], _Wrapped], Callable[..., Any]]
+    tuple[bool, bool], tuple[Callable[[_Behaviour, str, Access], _Wrapped], Callable[..., Any]]
 ] = {
     (False, False): (_respond_once, grpc.unary_unary_rpc_method_handler),
     (True, False): (_respond_once, grpc.stream_unary_rpc_method_handler),

@@ -11,20 +11,32 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.errors import UnavailableError
+from baton.service.access import Access, OpenAccess
 from baton.service.health import HealthServicer
 from baton.service.interceptors import ErrorInterceptor
 from baton.service.settings import ServerSettings
+from baton.service.tls import TlsFiles, server_credentials
 
 
 class GrpcServer:
     """Servicers are added through `register`; then `start`, health by `set_serving`, and `stop`."""
 
-    def __init__(self, settings: ServerSettings, services: Iterable[str]) -> None:
-        """`services` are the full names of the services that will be registered."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        services: Iterable[str],
+        *,
+        tls: TlsFiles | None = None,
+        access: Access | None = None,
+    ) -> None:
+        """`services` are the full names of the services that will be registered. `tls` None speaks plaintext, `access` None takes
+        everybody.
+        """
         self._settings = settings
         self._services = tuple(services)
+        self._tls = tls
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(access or OpenAccess())],
             options=_server_options(settings),
         )
         self._health = HealthServicer()
@@ -36,15 +48,21 @@ class GrpcServer:
         add(self._server)
 
     async def start(self) -> int:
-        """Binds and serves; returns the port. Raises `UnavailableError` where the address cannot be bound."""
+        """Binds and serves; returns the port. Raises `UnavailableError` where the address cannot be bound, `InvalidRequestError` where
+        the certificates are unusable.
+        """
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self.set_serving(serving=False)
         if self._settings.reflection:
             names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         address = f"{self._settings.host}:{self._settings.port}"
+        credentials = None if self._tls is None else server_credentials(self._tls)
         try:
-            self.port = self._server.add_insecure_port(address)
+            if credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise UnavailableError(f"cannot listen on {address}: is the port taken?") from None
         await self._server.start()
@@ -70,6 +88,10 @@ def _server_options(settings: ServerSettings) -> list[tuple[str, int]]:
         # Two processes on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # Without the second, gRPC refuses some calls at random between the two.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 500)),
         ("grpc.keepalive_permit_without_calls", 1),

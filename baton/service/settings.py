@@ -5,7 +5,7 @@ line wins. Lists are comma-separated, booleans are `true` or `false`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Self, get_type_hints
 
@@ -41,8 +41,31 @@ class PlacementPolicy(Enum):
     """The least delay, with load, cached prefixes, free blocks and nearness weighed."""
 
 
+class Settings:
+    """What all groups can do."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], **overrides: object) -> Self:
+        """Settings from the environment; overrides that are not None win. Raises `InvalidRequestError` naming the variable."""
+        assert is_dataclass(cls)
+        values: dict[str, object] = {}
+        hints = get_type_hints(cls)
+        for each in fields(cls):
+            given = overrides.pop(each.name, None)
+            variable = ENV_PREFIX + each.name.upper()
+            if given is not None:
+                values[each.name] = given
+            elif variable in environ:
+                values[each.name] = _parse(variable, environ[variable], hints[each.name])
+        if overrides:
+            raise TypeError(f"no such settings: {sorted(overrides)}")
+        return cls(**values)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
+class ServerSettings(Settings):
     """What every process that serves gRPC has."""
 
     host: str = "127.0.0.1"
@@ -53,6 +76,18 @@ class ServerSettings:
     """Prometheus HTTP port; 0 takes any free port."""
     max_message_bytes: int = 4 * 1024 * 1024
     """Largest gRPC message accepted; larger ones get RESOURCE_EXHAUSTED. KV never travels in one."""
+    max_metadata_bytes: int = 16 * 1024
+    """Largest metadata of a call accepted; calls with more get RESOURCE_EXHAUSTED."""
+    max_streams: int = 4096
+    """Calls at once on one connection; further ones wait in the client."""
+    fleet_cert_file: str = ""
+    """PEM certificate that this process shows within the fleet: workers to routers and routers to workers. With it, every port
+    between them takes only callers that show one of the fleet's CA.
+    """
+    fleet_key_file: str = ""
+    """PEM key of the fleet certificate."""
+    fleet_ca_file: str = ""
+    """PEM certificates of the fleet's CA."""
     keepalive_s: float = 20.0
     """A peer that answers no HTTP/2 ping sent this often is taken for dead, and its calls are cancelled."""
     min_client_ping_s: float = 5.0
@@ -65,22 +100,6 @@ class ServerSettings:
     """Serve gRPC reflection."""
     log_format: LogFormat = LogFormat.PLAIN
     log_level: LogLevel = LogLevel.INFO
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str], **overrides: object) -> Self:
-        """Settings from the environment; overrides that are not None win. Raises `InvalidRequestError` naming the variable."""
-        values: dict[str, object] = {}
-        hints = get_type_hints(cls)
-        for each in fields(cls):
-            given = overrides.pop(each.name, None)
-            variable = ENV_PREFIX + each.name.upper()
-            if given is not None:
-                values[each.name] = given
-            elif variable in environ:
-                values[each.name] = _parse(variable, environ[variable], hints[each.name])
-        if overrides:
-            raise TypeError(f"no such settings: {sorted(overrides)}")
-        return cls(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +192,36 @@ class RouterSettings(ServerSettings):
     """Turns of one session. Its tokens are bounded by the model's context."""
     session_lease_s: float = 15.0
     """How long a session stays locked when the router that ran its turn died."""
+    fleet_listen: str = ""
+    """host:port for workers, and for whoever administers without a key; empty: workers join at the clients' port, which is refused
+    where clients need a key or TLS is on.
+    """
+    api_keys_file: str = ""
+    """The clients' keys, as `baton keys` writes them; read again when it changes. Empty: no call needs a key."""
+    private_caches: bool = False
+    """No tenant's prompts share KV with another's, so that no timing tells what others ask."""
+    tls_cert_file: str = ""
+    """PEM certificate that the clients' port shows, with its chain; read again when it changes. Empty: no TLS."""
+    tls_key_file: str = ""
+    """PEM key of that certificate."""
+    tls_client_ca_file: str = ""
+    """PEM certificates of the CA whose certificate clients must show; empty: they need none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSettings(Settings):
+    """A command that talks to a router."""
+
+    api_key: str = ""
+    """Sent with every call; empty: none."""
+    client_tls: bool = False
+    """Speak TLS; so it is where one of the files is given."""
+    client_ca_file: str = ""
+    """PEM certificates that the router's must chain to; empty: the system's."""
+    client_cert_file: str = ""
+    """PEM certificate to show to the router."""
+    client_key_file: str = ""
+    """PEM key of that certificate."""
 
 
 def _parse(variable: str, text: str, kind: object) -> object:

@@ -31,9 +31,11 @@ from baton.errors import (
     InvalidRequestError,
     ModelLoadError,
     NotFoundError,
+    PermissionDeniedError,
     PreconditionError,
     SessionBusyError,
     SessionLostError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -112,6 +114,16 @@ _TABLE = (
         grpc.StatusCode.INVALID_ARGUMENT,
         _rebuild_violations,
         pack=_pack_violations,
+    ),
+    _Row(
+        UnauthenticatedError,
+        grpc.StatusCode.UNAUTHENTICATED,
+        lambda d: UnauthenticatedError(d.message),
+    ),
+    _Row(
+        PermissionDeniedError,
+        grpc.StatusCode.PERMISSION_DENIED,
+        lambda d: PermissionDeniedError(d.message),
     ),
     _Row(
         NotFoundError,
@@ -279,6 +291,8 @@ _GRPC_CODES: dict[grpc.StatusCode, Callable[[str], BatonError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: lambda m: InvalidRequestError(FieldViolation("request", m)),
     grpc.StatusCode.OUT_OF_RANGE: lambda m: InvalidRequestError(FieldViolation("request", m)),
     grpc.StatusCode.NOT_FOUND: lambda m: NotFoundError("resource", m),
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.UNIMPLEMENTED: PreconditionError,

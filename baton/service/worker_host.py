@@ -26,6 +26,7 @@ import grpc
 from baton import __version__
 from baton.engine.aio import AsyncEngine
 from baton.errors import DrainingError, PreconditionError, UnavailableError
+from baton.service.channel import fleet_files
 from baton.service.membership import FleetAgent
 from baton.service.metrics import WorkerMetrics
 from baton.service.progress import EngineProgress, Problem, problem_of
@@ -71,7 +72,8 @@ class WorkerHost:
         self.worker_id = WorkerId(settings.worker_id or _new_worker_id(role))
         self._role = role
         self._services = dict(services)
-        self._server = GrpcServer(settings, [*services.values(), WORKER_SERVICE])
+        names = [*services.values(), WORKER_SERVICE]
+        self._server = GrpcServer(settings, names, tls=fleet_files(settings))
         self._running: _Running | None = None
         self._draining = False
         self._on_refusing: list[Callable[[], None]] = []

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"\x9a\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12$\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x1d\n\x10ttft_slo_seconds\x18\t \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06promptB\x13\n\x11_ttft_slo_seconds\"\x8d\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.baton.v1.AcceptedH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"R\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"K\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.baton.v1.TokenChunk\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"g\n\rAttemptReport\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\xfb\x02\n\x07Timings\x12\x1b\n\x13\x61\x64mitted_at_seconds\x18\x01 \x01(\x01\x12\x19\n\x11placed_at_seconds\x18\x02 \x01(\x01\x12\x1b\n\x13reserved_at_seconds\x18\x03 \x01(\x01\x12\"\n\x1aprefill_started_at_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16\x66irst_token_at_seconds\x18\x05 \x01(\x01\x12\x1e\n\x16kv_received_at_seconds\x18\x06 \x01(\x01\x12\x1d\n\x15last_token_at_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13\x66inished_at_seconds\x18\x08 \x01(\x01\x12\x1d\n\x15prefill_queue_seconds\x18\t \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\n \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x0b \x01(\x01\x12\x15\n\rhandoff_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bpreemptions\x18\r \x01(\r\"/\n\x0bSessionTurn\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\r\"\xad\x02\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\"\n\x07timings\x18\x05 \x01(\x0b\x32\x11.baton.v1.Timings\x12)\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x17.baton.v1.AttemptReport\x12$\n\x07\x63hoices\x18\x07 \x03(\x0b\x32\x13.baton.v1.ChoiceEnd\x12&\n\x07session\x18\x08 \x01(\x0b\x32\x15.baton.v1.SessionTurnB\x0c\n\nstop_match\"\x81\x01\n\tChoiceEnd\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x42\x0c\n\nstop_match\"P\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\tpositions\x18\x02 \x03(\x0b\x32\x18.baton.v1.OutputPosition\"=\n\x0eOutputPosition\x12\x12\n\nnext_index\x18\x01 \x01(\r\x12\x17\n\x0ftext_characters\x18\x02 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xce\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12%\n\x07workers\x18\x08 \x03(\x0b\x32\x14.baton.v1.WorkerInfo2\x98\x02\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12?\n\x06\x41ttach\x12\x17.baton.v1.AttachRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12\x41\n\x08GetModel\x12\x19.baton.v1.GetModelRequest\x1a\x1a.baton.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"\xae\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12$\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x1d\n\x10ttft_slo_seconds\x18\t \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\n \x01(\tB\x08\n\x06promptB\x13\n\x11_ttft_slo_seconds\"\x8d\x01\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.baton.v1.AcceptedH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"R\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"K\n\x05\x43hunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.baton.v1.TokenChunk\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"g\n\rAttemptReport\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\x12\x16\n\x0eresumed_tokens\x18\x04 \x01(\r\"\xfb\x02\n\x07Timings\x12\x1b\n\x13\x61\x64mitted_at_seconds\x18\x01 \x01(\x01\x12\x19\n\x11placed_at_seconds\x18\x02 \x01(\x01\x12\x1b\n\x13reserved_at_seconds\x18\x03 \x01(\x01\x12\"\n\x1aprefill_started_at_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16\x66irst_token_at_seconds\x18\x05 \x01(\x01\x12\x1e\n\x16kv_received_at_seconds\x18\x06 \x01(\x01\x12\x1d\n\x15last_token_at_seconds\x18\x07 \x01(\x01\x12\x1b\n\x13\x66inished_at_seconds\x18\x08 \x01(\x01\x12\x1d\n\x15prefill_queue_seconds\x18\t \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\n \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x0b \x01(\x01\x12\x15\n\rhandoff_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bpreemptions\x18\r \x01(\r\"/\n\x0bSessionTurn\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04turn\x18\x02 \x01(\r\"\xad\x02\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x1e\n\x05usage\x18\x04 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\"\n\x07timings\x18\x05 \x01(\x0b\x32\x11.baton.v1.Timings\x12)\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x17.baton.v1.AttemptReport\x12$\n\x07\x63hoices\x18\x07 \x03(\x0b\x32\x13.baton.v1.ChoiceEnd\x12&\n\x07session\x18\x08 \x01(\x0b\x32\x15.baton.v1.SessionTurnB\x0c\n\nstop_match\"\x81\x01\n\tChoiceEnd\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x42\x0c\n\nstop_match\"P\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\tpositions\x18\x02 \x03(\x0b\x32\x18.baton.v1.OutputPosition\"=\n\x0eOutputPosition\x12\x12\n\nnext_index\x18\x01 \x01(\r\x12\x17\n\x0ftext_characters\x18\x02 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xce\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12%\n\x07workers\x18\x08 \x03(\x0b\x32\x14.baton.v1.WorkerInfo2\x98\x02\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12?\n\x06\x41ttach\x12\x17.baton.v1.AttachRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12\x41\n\x08GetModel\x12\x19.baton.v1.GetModelRequest\x1a\x1a.baton.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,37 +37,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=107
   _globals['_CHAT']._serialized_end=154
   _globals['_GENERATEREQUEST']._serialized_start=157
-  _globals['_GENERATEREQUEST']._serialized_end=439
-  _globals['_GENERATERESPONSE']._serialized_start=442
-  _globals['_GENERATERESPONSE']._serialized_end=583
-  _globals['_ACCEPTED']._serialized_start=585
-  _globals['_ACCEPTED']._serialized_end=667
-  _globals['_CHUNK']._serialized_start=669
-  _globals['_CHUNK']._serialized_end=744
-  _globals['_USAGE']._serialized_start=746
-  _globals['_USAGE']._serialized_end=826
-  _globals['_ATTEMPTREPORT']._serialized_start=828
-  _globals['_ATTEMPTREPORT']._serialized_end=931
-  _globals['_TIMINGS']._serialized_start=934
-  _globals['_TIMINGS']._serialized_end=1313
-  _globals['_SESSIONTURN']._serialized_start=1315
-  _globals['_SESSIONTURN']._serialized_end=1362
-  _globals['_FINISHED']._serialized_start=1365
-  _globals['_FINISHED']._serialized_end=1666
-  _globals['_CHOICEEND']._serialized_start=1669
-  _globals['_CHOICEEND']._serialized_end=1798
-  _globals['_ATTACHREQUEST']._serialized_start=1800
-  _globals['_ATTACHREQUEST']._serialized_end=1880
-  _globals['_OUTPUTPOSITION']._serialized_start=1882
-  _globals['_OUTPUTPOSITION']._serialized_end=1943
-  _globals['_CANCELREQUEST']._serialized_start=1945
-  _globals['_CANCELREQUEST']._serialized_end=1980
-  _globals['_CANCELRESPONSE']._serialized_start=1982
-  _globals['_CANCELRESPONSE']._serialized_end=1998
-  _globals['_GETMODELREQUEST']._serialized_start=2000
-  _globals['_GETMODELREQUEST']._serialized_end=2032
-  _globals['_GETMODELRESPONSE']._serialized_start=2035
-  _globals['_GETMODELRESPONSE']._serialized_end=2241
-  _globals['_INFERENCESERVICE']._serialized_start=2244
-  _globals['_INFERENCESERVICE']._serialized_end=2524
+  _globals['_GENERATEREQUEST']._serialized_end=459
+  _globals['_GENERATERESPONSE']._serialized_start=462
+  _globals['_GENERATERESPONSE']._serialized_end=603
+  _globals['_ACCEPTED']._serialized_start=605
+  _globals['_ACCEPTED']._serialized_end=687
+  _globals['_CHUNK']._serialized_start=689
+  _globals['_CHUNK']._serialized_end=764
+  _globals['_USAGE']._serialized_start=766
+  _globals['_USAGE']._serialized_end=846
+  _globals['_ATTEMPTREPORT']._serialized_start=848
+  _globals['_ATTEMPTREPORT']._serialized_end=951
+  _globals['_TIMINGS']._serialized_start=954
+  _globals['_TIMINGS']._serialized_end=1333
+  _globals['_SESSIONTURN']._serialized_start=1335
+  _globals['_SESSIONTURN']._serialized_end=1382
+  _globals['_FINISHED']._serialized_start=1385
+  _globals['_FINISHED']._serialized_end=1686
+  _globals['_CHOICEEND']._serialized_start=1689
+  _globals['_CHOICEEND']._serialized_end=1818
+  _globals['_ATTACHREQUEST']._serialized_start=1820
+  _globals['_ATTACHREQUEST']._serialized_end=1900
+  _globals['_OUTPUTPOSITION']._serialized_start=1902
+  _globals['_OUTPUTPOSITION']._serialized_end=1963
+  _globals['_CANCELREQUEST']._serialized_start=1965
+  _globals['_CANCELREQUEST']._serialized_end=2000
+  _globals['_CANCELRESPONSE']._serialized_start=2002
+  _globals['_CANCELRESPONSE']._serialized_end=2018
+  _globals['_GETMODELREQUEST']._serialized_start=2020
+  _globals['_GETMODELREQUEST']._serialized_end=2052
+  _globals['_GETMODELRESPONSE']._serialized_start=2055
+  _globals['_GETMODELRESPONSE']._serialized_end=2261
+  _globals['_INFERENCESERVICE']._serialized_start=2264
+  _globals['_INFERENCESERVICE']._serialized_end=2544
 # @@protoc_insertion_point(module_scope)

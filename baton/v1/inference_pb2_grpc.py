@@ -78,7 +78,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a running request by id; its Generate call ends with CANCELLED. NOT_FOUND if no such request runs.
+        """Ends a running request by id; its Generate call ends with CANCELLED. NOT_FOUND if no such request of the caller's
+        tenant runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

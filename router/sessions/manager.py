@@ -32,6 +32,7 @@ from baton.errors import (
 from baton.service.settings import RouterSettings
 from router.sessions.metrics import SessionMetrics
 from router.sessions.record import (
+    History,
     Lease,
     Session,
     SessionId,
@@ -140,14 +141,17 @@ class SessionManager:
         self, tenant: str, session_id: str, *, model: str, lease_id: str = ""
     ) -> AsyncIterator[Turn | None]:
         """Runs a turn inside the context, which must end it with `Turn.finish`; else, or where that fails, the session is as it was
-        before. None without a session id. With the lease id of a turn that another router began, goes on with that turn. Raises
-        `NotFoundError`, `SessionBusyError`, and, in the turn's own task, `SessionLostError`.
+        before. None without a session id. With the lease id of a turn that another router began, goes on with that turn, or reads it
+        once more where it has finished. Raises `NotFoundError`, `SessionBusyError`, and, in the turn's own task too,
+        `SessionLostError`.
         """
         if not session_id:
             yield None
             return
-        lease_id = lease_id or secrets.token_hex(8)
         turn = await self._begin(_key(tenant, session_id), model, lease_id)
+        if turn.is_past:
+            yield turn
+            return
         self._turns[turn.key] = turn
         renewing = asyncio.create_task(self._renew(turn), name=f"renew {session_id}")
         error: BatonError | None = None
@@ -169,13 +173,20 @@ class SessionManager:
             if self._turns.get(turn.key) is turn:
                 del self._turns[turn.key]
             self._metrics.record_turn(None if turn.finished else error)
-            if not turn.finished and not isinstance(error, AbortedError | DrainingError):
-                # Those leave the turn, and its lease, to whoever goes on with it.
+            left = turn.outlives and isinstance(error, AbortedError | DrainingError)
+            if not turn.finished and not left:
                 await self._abandon(turn, error)
 
-    async def _begin(self, key: SessionKey, model: str, lease_id: str) -> Turn:
+    async def _begin(self, key: SessionKey, model: str, resumed_lease_id: str) -> Turn:
         now_s = self._clock()
+        lease_id = resumed_lease_id or secrets.token_hex(8)
         lease = Lease(lease_id, now_s + self._settings.session_lease_s)
+        if resumed_lease_id and not await self._do("renew", self._store.renew(key, lease)):
+            session = await self.get(key.tenant, key.session_id)
+            turn = self._turn(session, History(), lease, outlives=True)
+            if not turn.is_past:
+                raise turn.lost(TAKEN)
+            return turn
         beginning = self._settle("begin", self._store.begin_turn(key, lease, now_s))
         try:
             begun = await asyncio.shield(beginning)
@@ -184,12 +195,19 @@ class SessionManager:
             raise
         if begun is None:
             raise NotFoundError("session", key.session_id)
-        turn = Turn(*begun, lease, commit=self._commit, clock=self._clock)
+        turn = self._turn(*begun, lease, outlives=bool(resumed_lease_id))
+        if turn.is_past:  # since a moment ago
+            await self._settle("abandon", self._store.end_turn(turn.session, None, lease))
+            return turn
         refused = self._refusal(turn.session, model)
         if refused is not None:
             await self._abandon(turn, refused)
             raise refused
         return turn
+
+    def _turn(self, session: Session, history: History, lease: Lease, *, outlives: bool) -> Turn:
+        commit, clock = self._commit, self._clock
+        return Turn(session, history, lease, commit=commit, clock=clock, outlives=outlives)
 
     def _refusal(self, session: Session, model: str) -> BatonError | None:
         """Why it takes no more turns."""

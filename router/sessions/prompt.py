@@ -7,7 +7,8 @@ A conversation's prompt is what the chat template renders:
     history   ─── tokens of both ───────────────┘
 
 Where the rendering does not go on like that (a template that rewrites earlier turns, an answer that a stop string cut), it is
-tokenized anew: that costs a recompute of what differs, and nothing else.
+tokenized anew: that costs a recompute of what differs, and nothing else. So it is where a message contains a control token's text,
+which only a rendering of the whole can keep apart from the template's.
 """
 
 from array import array
@@ -21,7 +22,9 @@ from router.text import Tokenizer
 def chat_prompt(history: History, new: Sequence[ChatTurn], tokenizer: Tokenizer) -> list[int]:
     """The tokens of a conversation with these messages added. Raises `InvalidRequestError` where the template refuses them."""
     messages = [*history.messages, *new]
-    rest = _rest(history, messages, tokenizer) if history.messages else None
+    rest = None
+    if history.messages and not tokenizer.must_quote(messages):
+        rest = _rest(history, messages, tokenizer)
     if rest is None:
         return tokenizer.encode_chat(messages)
     return [*history.tokens, *tokenizer.encode_rendered(rest)]

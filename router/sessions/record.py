@@ -55,6 +55,8 @@ class Session:
     prefill_worker: str = ""
     """Of the last turn."""
     decode_worker: str = ""
+    cache_salt: str = ""
+    last_lease_id: str = ""
     failed_turns: int = 0
     last_failure: str = ""
     """Why the last of them failed."""

@@ -3,6 +3,7 @@ statuses in `baton.service.interceptors`.
 """
 
 from baton.errors import FieldViolation, InvalidRequestError
+from baton.service.access import Access
 from baton.service.calls import Context
 from baton.v1 import inference_pb2, session_pb2_grpc
 from baton.v1 import session_pb2 as pb
@@ -10,7 +11,6 @@ from router.model import ServedModel
 from router.sessions.manager import SessionManager
 from router.sessions.record import Session, SessionId
 from router.sessions.store import Query
-from router.sessions.tenant import tenant_of
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
@@ -25,7 +25,8 @@ _STATES = {
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     """See the module docstring."""
 
-    def __init__(self, sessions: SessionManager, model: ServedModel) -> None:
+    def __init__(self, sessions: SessionManager, model: ServedModel, *, access: Access) -> None:
+        self._access = access
         self._sessions = sessions
         self._model = model
 
@@ -39,7 +40,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             if not seconds >= 0:  # a NaN fails every comparison
                 raise InvalidRequestError(FieldViolation(name, "must not be negative"))
         session = await self._sessions.create(
-            tenant_of(context),
+            self._tenant(context),
             model=self._model.name,
             ttl_s=request.ttl_seconds,
             idle_s=request.idle_seconds,
@@ -49,7 +50,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     async def Get(  # noqa: N802
         self, request: pb.SessionServiceGetRequest, context: Context
     ) -> pb.SessionServiceGetResponse:
-        session = await self._sessions.get(tenant_of(context), request.session_id)
+        session = await self._sessions.get(self._tenant(context), request.session_id)
         return pb.SessionServiceGetResponse(session=self._told(session))
 
     async def List(  # noqa: N802
@@ -60,7 +61,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
         sessions = await self._sessions.list(
             Query(
-                tenant=tenant_of(context),
+                tenant=self._tenant(context),
                 after=SessionId(request.page_token),
                 limit=size + 1,
                 generating=_STATES[request.state],
@@ -75,8 +76,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     async def Close(  # noqa: N802
         self, request: pb.SessionServiceCloseRequest, context: Context
     ) -> pb.SessionServiceCloseResponse:
-        session = await self._sessions.remove(tenant_of(context), request.session_id)
+        session = await self._sessions.remove(self._tenant(context), request.session_id)
         return pb.SessionServiceCloseResponse(session=self._told(session))
+
+    def _tenant(self, context: Context) -> str:
+        return self._access.caller_of(context).tenant
 
     def _told(self, session: Session) -> pb.Session:
         generating = self._sessions.is_generating(session)

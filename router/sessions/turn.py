@@ -28,6 +28,7 @@ class TurnResult:
     exact: bool
     """The answer is the text of the output's tokens, but for a special token that ends it."""
     cached_tokens: int
+    cache_salt: str = ""
     prefill_worker: str
     decode_worker: str
 
@@ -43,6 +44,7 @@ class Turn:
         *,
         commit: "Callable[[Turn, Session], Awaitable[None]]",
         clock: Callable[[], float],
+        outlives: bool,
     ) -> None:
         """`session` and `history` are what they were before the turn."""
         self.session = session
@@ -51,6 +53,8 @@ class Turn:
         self.messages: Sequence[ChatTurn] = ()
         """What the client says in it; empty where it is no chat."""
         self.finished = False
+        self.outlives = outlives
+        """Workers hold it: where this router ends it, another one may go on with it, under the same lease."""
         self._commit = commit
         self._clock = clock
         self._task: asyncio.Task[object] | None = None
@@ -61,26 +65,37 @@ class Turn:
         return self.session.key
 
     @property
+    def is_past(self) -> bool:
+        """It is the last turn that the session has, and is read once more."""
+        return self.session.last_lease_id == self.lease.lease_id
+
+    @property
     def number(self) -> int:
         """1 for the session's first."""
-        return self.session.turns + 1
+        return self.session.turns + (not self.is_past)
 
     def record(self) -> TurnRecord:
         """What another router must know to go on with it."""
         said = tuple((message.role, message.content) for message in self.messages)
         return TurnRecord(self.key.session_id, self.lease.lease_id, said)
 
-    def resident(self, prompt: Sequence[int], within_s: float) -> Resident | None:
+    def resident(self, prompt: Sequence[int], cache_salt: str, within_s: float) -> Resident | None:
         """Where the KV of this turn's prompt is, where the last turn ended so shortly ago that its worker may not have reported it."""
         known = len(self.history.tokens)
         recent = self._clock() - self.session.updated_s < within_s
-        if not recent or not known or list(prompt[:known]) != self.history.tokens.tolist():
+        if not recent or not known or cache_salt != self.session.cache_salt:
+            return None
+        if list(prompt[:known]) != self.history.tokens.tolist():
             return None
         # The last token of an output is not computed.
         return Resident(WorkerId(self.session.decode_worker), known - 1)
 
     async def finish(self, result: TurnResult) -> None:
-        """Makes the turn part of the session. Raises `SessionLostError`, or `UnavailableError` where the store fails; then it is none."""
+        """Makes the turn part of the session. Raises `SessionLostError`, or `UnavailableError` where the store fails; then it is none.
+        No effect on one that is past.
+        """
+        if self.is_past:
+            return
         before = self.session
         self.history = history_after(
             self.history,
@@ -104,6 +119,8 @@ class Turn:
                 last_cached_tokens=result.cached_tokens,
                 prefill_worker=result.prefill_worker,
                 decode_worker=result.decode_worker,
+                cache_salt=result.cache_salt,
+                last_lease_id=self.lease.lease_id,
             ),
         )
         self.finished = True

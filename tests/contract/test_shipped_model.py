@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from baton.cli.config import shipped_model
-from baton.engine.base import EngineRequest, Mode, Token
+from baton.engine.base import EngineEvent, EngineRequest, Mode, Started, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
@@ -120,3 +120,22 @@ def test_it_answers_and_answers_wrong_when_kv_is_lost(
 def build_decode(engine: PagedEngine) -> PagedEngine:
     """A second pool over the same weights, with nothing cached."""
     return PagedEngine(engine.runner, max_batch_tokens=512, max_running=4, prefix_cache=False)
+
+
+def test_a_cache_salt_changes_no_token_and_shares_no_block(questions: list[Question]) -> None:
+    """The torch engine too: another salt computes everything, and says the same."""
+    engine = build_torch_engine(
+        EngineConfig(model=str(shipped_model()), dtype="float32", kv_pool_tokens=16384, threads=1)
+    )
+    prompt, sampling = questions[0].tokens, SamplingParams(max_tokens=4, temperature=0.0)
+    heard = []
+    for index, salt in enumerate(["acme/", "rival/", "acme/"]):
+        key = AttemptKey(RequestId(f"salt-{index}"))
+        engine.add(EngineRequest(key, Sequence(prompt, (), sampling, salt), Mode.LOCAL))
+        events: list[EngineEvent] = []
+        while engine.has_work():
+            events += engine.step()
+        tokens = [event.token_id for event in events if isinstance(event, Token)]
+        cached = [event.cached_tokens for event in events if isinstance(event, Started)]
+        heard.append((tokens, cached[0] > 0))
+    assert heard == [(heard[0][0], hit) for hit in (False, False, True)]

@@ -32,7 +32,7 @@ from baton.v1 import (
     prefill_pb2_grpc,
 )
 from router.app import RouterApp
-from router.tenants import LimitsOf, unlimited
+from router.tenants import LimitsOf
 from router.text import Tokenizer
 
 SPEC = KVSpec(
@@ -413,7 +413,15 @@ class Cluster:
 
 def request(**changes: Any) -> inference_pb2.GenerateRequest:
     """`changes` are fields of SamplingParams, or `prompt` for tokens, or other fields of GenerateRequest."""
-    names = ("request_id", "model", "text", "priority", "ttft_slo_seconds")
+    names = (
+        "request_id",
+        "model",
+        "text",
+        "session_id",
+        "priority",
+        "ttft_slo_seconds",
+        "cache_salt",
+    )
     whole: dict[str, Any] = {name: changes.pop(name) for name in names if name in changes}
     if "text" not in whole:
         whole["tokens"] = common_pb2.TokenIds(ids=changes.pop("prompt", PROMPT))
@@ -422,7 +430,7 @@ def request(**changes: Any) -> inference_pb2.GenerateRequest:
 
 
 @asynccontextmanager
-async def cluster(limits: LimitsOf = unlimited, **settings: Any) -> AsyncIterator[Cluster]:
+async def cluster(limits: LimitsOf | None = None, **settings: Any) -> AsyncIterator[Cluster]:
     """A router without workers. At the end nothing of it may be left."""
     app = RouterApp(replace(SETTINGS, **settings), Tokenizer.of_bytes(), limits=limits)
     await app.start()

@@ -8,11 +8,11 @@ import pytest
 
 from baton.client import AsyncClient, SamplingOptions
 from baton.errors import BatonError, CapacityError, DeadlineError, InvalidRequestError
+from baton.service.keys import TenantLimits
 from baton.service.settings import PlacementPolicy
 from baton.service.status import error_from_rpc
 from baton.types import WorkerLoad
 from baton.v1 import inference_pb2_grpc
-from router.tenants import TenantLimits
 from tests.integration.router_fakes import PROMPT, Cluster, FakeWorker, cluster, expected, request
 
 SLOW = WorkerLoad(free_blocks=512, queued_prefill_tokens=5000, prefill_tokens_per_s=500.0)

@@ -3,8 +3,10 @@
 import asyncio
 from collections import defaultdict
 
+import pytest
+
 from baton.v1 import inference_pb2
-from tests.integration.test_router_sim import LENGTH, House, house
+from tests.integration.sim_house import LENGTH, House, house
 
 
 async def completions(here: House, number: int, **changes: object) -> dict[int, list[int]]:
@@ -35,10 +37,11 @@ async def test_completions_differ_and_the_first_is_the_one_that_is_made_alone() 
     assert again == four, "a seed repeats every completion"
 
 
-async def test_the_prompt_is_computed_and_shipped_once() -> None:
+@pytest.mark.parametrize("salt", ["", "ours"])
+async def test_the_prompt_is_computed_and_shipped_once(salt: str) -> None:
     """Promise: the other completions find the prompt in the prefix cache of the decode worker that has it."""
     async with house(prefill=1, decode=2) as here:
-        responses = [response async for response in here.call(5, n=4)]
+        responses = [response async for response in here.call(5, n=4, cache_salt=salt)]
         first, *others = responses[-1].finished.attempts
     assert first.prefill_worker
     assert [attempt.prefill_worker for attempt in others] == ["", "", ""]

@@ -4,7 +4,7 @@ import asyncio
 
 from baton.v1 import inference_pb2
 from tests.integration.router_fakes import Answer
-from tests.integration.test_router_sim import House, house
+from tests.integration.sim_house import House, house
 
 LONG = {"max_tokens": 400}
 """Still running when a test has done what it does meanwhile."""

@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 
 from baton.cli.config import shipped_model
-from baton.client import AsyncClient, ChatMessage, Result, SamplingOptions, SessionState
+from baton.client import AsyncClient, ChatMessage, Client, Result, SamplingOptions, SessionState
 from baton.engine.sim import SimConfig
 from baton.errors import (
     CancelledError,
@@ -164,6 +164,28 @@ async def test_a_turn_right_after_another_goes_where_that_one_was() -> None:
         assert second.usage.cached_tokens >= 112
 
 
+async def test_turns_share_kv_under_the_same_salt_only() -> None:
+    """Promise: a salt hides a turn's KV from turns with another, at once and later, and changes no token."""
+    async with house(heartbeat_s=30.0, lease_s=90.0) as here:
+        client = here.clients[0]
+        session = await client.sessions.create()
+        turns = [
+            await client.complete(prompt, sampling=GREEDY, session=session, cache_salt=salt)
+            for prompt, salt in ((FIRST, "a"), ((5, 6), "a"), ((7, 8), "b"), ((9,), ""))
+        ]
+        cached = [turn.usage.cached_tokens for turn in turns]
+        assert cached[1] >= 112
+        assert cached[2:] == [0, 0]
+        assert [turn.attempts[0].prefill_worker == "" for turn in turns] == [
+            False,
+            True,
+            False,
+            False,
+        ]
+        whole = FIRST + turns[0].token_ids + (5, 6) + turns[1].token_ids + (7, 8)
+        assert turns[2].token_ids == await expected(client, whole)
+
+
 async def test_evicted_kv_costs_a_recompute_and_changes_nothing() -> None:
     async with house() as here:
         client = here.clients[0]
@@ -265,6 +287,31 @@ async def test_a_turn_that_fails_leaves_the_session_as_it_was() -> None:
         assert second.token_ids == await expected(client, FIRST + first.token_ids + SECOND)
 
 
+async def test_a_turn_that_has_finished_may_be_read_again_and_counts_once() -> None:
+    """Promise: whoever attaches after the end changes nothing, and is told the same; not once another turn followed."""
+    tokenizer = Tokenizer.load(str(shipped_model()))
+    sim = replace(SIM, vocab_size=2336, eos_token_ids=(1,))
+    async with house(sim=sim, tokenizer=tokenizer) as here:
+        client = here.clients[0]
+        session = await client.sessions.create()
+        asked = [ChatMessage("user", "Who has the hat?")]
+        first = await client.complete(asked, sampling=GREEDY, session=session)
+        after = await client.sessions.get(session)
+        for _ in range(2):
+            async with client.attach(first.request_id) as stream:
+                again = await stream.read()
+            assert (again.token_ids, again.session) == (first.token_ids, first.session)
+        assert await client.sessions.get(session) == after
+        second = await client.complete(asked, sampling=GREEDY, session=session)
+        assert second.session is not None
+        assert second.session.turn == 2
+        after = await client.sessions.get(session)
+        with pytest.raises(SessionLostError):
+            async with client.attach(first.request_id) as stream:
+                await stream.read()
+        assert await client.sessions.get(session) == after
+
+
 async def test_closing_a_session_ends_its_turn() -> None:
     async with house(sim=replace(SIM, step_s=0.002)) as here:
         client = here.clients[0]
@@ -315,6 +362,39 @@ async def test_two_routers_share_their_sessions(redis_url: str) -> None:
         await one.sessions.close(generating)
         with pytest.raises(SessionLostError):
             await finish(turn)
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["drains", "is gone"])
+async def test_sessions_are_asked_for_at_the_next_router(
+    redis_url: str,
+    stops: bool,  # noqa: FBT001
+) -> None:
+    """Promise: of several addresses, a call is made where somebody answers; by the blocking client too."""
+    with Redis.from_url(redis_url) as server:
+        server.flushall()
+    async with house(redis_url, routers=2) as here:
+        both = ",".join(f"127.0.0.1:{port}" for port in here.ports)
+        session = await here.clients[1].sessions.create()
+        if stops:
+            await here.apps[here.ports[0]].stop()
+        else:
+            await here.apps[here.ports[0]].drain(5.0)
+        async with AsyncClient(both) as client:
+            answer = await client.complete(FIRST, sampling=GREEDY, session=session)
+        async with AsyncClient(both) as client:
+            assert (await client.sessions.get(session)).turns == 1
+            assert (await client.complete(SECOND, sampling=GREEDY, session=session)).session
+
+        def blocking() -> list[str]:
+            with Client(both) as client:
+                client.sessions.create()
+                return [each.session_id for each in client.sessions.list()]
+
+        assert len(await asyncio.to_thread(blocking)) == 2
+        async with AsyncClient(both) as client:
+            await client.sessions.close(session)
+            with pytest.raises(NotFoundError):
+                await client.cancel(answer.request_id)
 
 
 async def test_a_dead_routers_turn_locks_no_session_for_ever(redis_url: str) -> None:

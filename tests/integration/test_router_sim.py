@@ -5,120 +5,14 @@ The simulated engine's tokens depend on every KV entry before them, so that equa
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
-import grpc
 import pytest
 
-from baton.engine.aio import AsyncEngine
-from baton.engine.sim import SimConfig, build_sim_engine
-from baton.service.settings import WorkerSettings
-from baton.transfer.credits import ByteCredits
-from baton.transfer.memory import MemorySources, MemoryTransport
-from baton.types import WorkerId
-from baton.v1 import inference_pb2_grpc
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
-from router.app import RouterApp
-from router.text import Tokenizer
-from tests.integration.router_fakes import SETTINGS, Answer, request
-
-SIM = SimConfig(num_blocks=128, max_batch_tokens=64, step_s=0.001)
-LENGTH = 12
-
-
-def prompt_of(number: int, length: int = 90) -> tuple[int, ...]:
-    return tuple((number * 31 + position * 7) % 255 + 1 for position in range(length))
-
-
-@dataclass
-class House:
-    """Everything, in one process."""
-
-    app: RouterApp
-    inference: inference_pb2_grpc.InferenceServiceStub
-    sources: MemorySources = field(default_factory=MemorySources)
-    workers: dict[WorkerId, PrefillWorker | DecodeWorker] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> WorkerSettings:
-        return WorkerSettings(
-            routers=(f"127.0.0.1:{self.app.port}",), reflection=False, handoff_timeout_s=5.0
-        )
-
-    async def add_prefill(self) -> None:
-        engine = AsyncEngine(lambda: build_sim_engine(SIM), name="prefill")
-        worker = PrefillWorker(self.settings, engine)
-        info = await worker.start()
-        self.sources.add(info.transfer_address, worker)
-        await self._joined(info.worker_id, worker)
-
-    async def add_decode(self) -> None:
-        engine = AsyncEngine(lambda: build_sim_engine(SIM), name="decode")
-        transport = MemoryTransport(self.sources, ByteCredits(1 << 20))
-        worker = DecodeWorker(self.settings, engine, transport)
-        info = await worker.start()
-        self.sources.add(info.transfer_address, worker)
-        await self._joined(info.worker_id, worker)
-
-    async def kill(self, worker_id: str) -> None:
-        worker = self.workers.pop(WorkerId(worker_id))
-        self.sources.remove(worker_id)
-        await worker.stop()
-
-    def call(self, number: int, **changes: object) -> Any:
-        sampling = {"max_tokens": LENGTH, "seed": number, "ignore_eos": True}
-        message = request(prompt=prompt_of(number), **(sampling | changes))
-        return self.inference.Generate(message, timeout=20)
-
-    async def generate(self, number: int, **changes: object) -> Answer:
-        answer = Answer()
-        async for response in self.call(number, **changes):
-            answer.add(response)
-        return answer
-
-    async def settled(self) -> None:
-        """Every block of every worker is free or cached, and the router claims nothing."""
-        assert len(self.app.table) == 0
-        async with asyncio.timeout(5):
-            for worker in self.workers.values():
-                while True:
-                    load = await worker.host.engine.refresh_load()
-                    held = load.used_blocks + load.reserved_blocks + load.in_flight_blocks
-                    if not held and not load.running_requests + load.waiting_requests:
-                        break
-                    await asyncio.sleep(0.01)
-                await worker.host.engine.check_integrity()
-        assert self.app.fleet.registry.claimed_tokens() == 0
-
-    async def _joined(self, worker_id: WorkerId, worker: PrefillWorker | DecodeWorker) -> None:
-        self.workers[worker_id] = worker
-        members = self.app.fleet.registry.infos
-        async with asyncio.timeout(5):
-            while worker_id not in [info.worker_id for info in members()]:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def house(prefill: int, decode: int) -> AsyncIterator[House]:
-    app = RouterApp(SETTINGS, Tokenizer.of_bytes())
-    await app.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
-        here = House(app, inference_pb2_grpc.InferenceServiceStub(channel))
-        try:
-            for _ in range(prefill):
-                await here.add_prefill()
-            for _ in range(decode):
-                await here.add_decode()
-            yield here
-            await here.settled()
-        finally:
-            for worker_id in list(here.workers):
-                await here.kill(worker_id)
-            await app.stop()
+from tests.integration.router_fakes import Answer
+from tests.integration.sim_house import LENGTH, House, house
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from baton.service.keys import TenantLimits
 from router.admission import Admission, Admit, Queue, Refusal, Reject
-from router.tenants import Demand, TenantLimits, Ticket, unlimited
+from router.tenants import Demand, Ticket
 
 
 def admission(
@@ -26,7 +27,7 @@ def admission(
         max_running=max_running,
         max_queued=max_queued,
         ageing_s=ageing_s,
-        limits=lambda tenant: known.get(tenant, unlimited(tenant)),
+        limits=lambda tenant: known.get(tenant, TenantLimits()),
     )
 
 
@@ -261,6 +262,22 @@ def test_no_request_starves_whatever_comes_after_it(priorities: list[int], victi
         house.offer(demand(priority=priorities[int(now_s) % len(priorities)]), now_s, None)
         (running,) = house.leave(running, now_s)
         assert now_s <= longest_s
+
+
+def test_changed_limits_count_once_the_tenant_rests() -> None:
+    """Though others are served without a pause."""
+    known = {"a": TenantLimits(max_running=1)}
+    house = admission(10, limits=known)
+    admitted(house.offer(demand("b"), 0.0, None))
+    first = admitted(house.offer(demand("a"), 0.0, None))
+    known["a"] = TenantLimits(max_running=2)
+    second = queued(house.offer(demand("a"), 1.0, None))
+    assert house.leave(first, 2.0) == [second]
+    house.leave(second, 3.0)
+    for _ in range(2):
+        admitted(house.offer(demand("a"), 4.0, None))
+    queued(house.offer(demand("a"), 4.0, None))
+    house.check_integrity()
 
 
 def test_tenants_that_are_gone_leave_nothing_behind() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from baton.kv.blocks import BlockPool, blocks_for
-from baton.kv.prefix import ROOT, block_hashes, child_hash
+from baton.kv.prefix import ROOT, block_hashes, child_hash, root_of
 
 SIZE = 4
 
@@ -25,6 +25,14 @@ def hold_prompt(pool: BlockPool, tokens: list[int]) -> list[int] | None:
         parent = hashes[index - 1] if index else ROOT
         pool.publish(table[index], block_hash, parent, tokens[index * SIZE : (index + 1) * SIZE])
     return table
+
+
+def test_chains_of_different_salts_have_no_block_in_common() -> None:
+    tokens = list(range(20))
+    chains = [block_hashes(tokens, SIZE, root_of(salt)) for salt in ("", "a", "b", "a/", "é")]
+    assert len({each for chain in chains for each in chain}) == 5 * len(chains[0])
+    assert block_hashes(tokens, SIZE, root_of("a")) == chains[1]
+    assert root_of("") == ROOT
 
 
 def test_a_second_prompt_shares_the_full_blocks_of_its_common_prefix() -> None:

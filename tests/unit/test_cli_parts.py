@@ -203,7 +203,7 @@ def test_clients_are_told_an_address_that_they_can_reach() -> None:
 
 
 def test_workers_have_stable_names_and_prefill_comes_first() -> None:
-    workers = config(prefill=1, decode=2, port=7).workers({})
+    workers = config(prefill=1, decode=2, fleet_port=7).workers({})
     assert [role for role, _ in workers] == [Role.PREFILL, Role.DECODE, Role.DECODE]
     assert [s.worker_id for _, s in workers] == ["prefill-0", "decode-0", "decode-1"]
     assert {s.routers for _, s in workers} == {("127.0.0.1:7",)}

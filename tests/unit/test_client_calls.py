@@ -18,6 +18,7 @@ from baton.errors import (
     CancelledError,
     CapacityError,
     DeadlineError,
+    DrainingError,
     InvalidRequestError,
     NotFoundError,
     UnavailableError,
@@ -43,6 +44,9 @@ class ScriptedRouter(InferenceServiceServicer):
     """Set when a call is over, by whomever."""
     cancelled: dict[str, threading.Event] = field(default_factory=dict)
     seen: list[pb.GenerateRequest] = field(default_factory=list)
+    refuses: UnavailableError | None = None
+    """What every call but Generate gets."""
+    asked: int = 0
 
     def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
@@ -73,6 +77,7 @@ class ScriptedRouter(InferenceServiceServicer):
     def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
+        self._ask(context)
         if request.request_id not in self.cancelled:
             error = NotFoundError("request", request.request_id)
             context.abort_with_status(rpc_status.to_status(to_status(error)))
@@ -82,10 +87,16 @@ class ScriptedRouter(InferenceServiceServicer):
     def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.GetModelResponse:
+        self._ask(context)
         if request.model:
             error = NotFoundError("model", request.model)
             context.abort_with_status(rpc_status.to_status(to_status(error)))
         return pb.GetModelResponse(model="m", max_context_tokens=64, eos_token_ids=[2])
+
+    def _ask(self, context: Context) -> None:
+        self.asked += 1
+        if self.refuses is not None:
+            context.abort_with_status(rpc_status.to_status(to_status(self.refuses)))
 
 
 def _chunk(text: str, first: int, *ids: int) -> pb.GenerateResponse:
@@ -283,6 +294,50 @@ async def test_nobody_at_the_address_is_unavailable_in_async_too() -> None:
     async with AsyncClient(address) as client:
         with pytest.raises(UnavailableError):
             await client.model(timeout_s=10)
+
+
+@pytest.fixture
+def gone() -> str:
+    """Where nobody listens any more."""
+    with serve(ScriptedRouter()) as address:
+        return address
+
+
+async def test_a_call_goes_on_at_the_next_router_where_one_is_lost_or_drains(
+    gone: str, address: str, router: ScriptedRouter
+) -> None:
+    """Promise: once at each address; the one that answered is asked first from then on."""
+    leaving = ScriptedRouter(refuses=DrainingError("about to stop"))
+    with serve(leaving) as draining:
+        addresses = f"{gone},{draining},{address}"
+        with Client(addresses) as client:
+            for _ in range(3):
+                assert client.model().model == "m"
+            with pytest.raises(NotFoundError):
+                client.cancel("r")
+        assert (leaving.asked, router.asked) == (1, 4)
+        async with AsyncClient(addresses) as async_client:
+            for _ in range(3):
+                assert (await async_client.model()).model == "m"
+            with pytest.raises(NotFoundError):
+                await async_client.cancel("r")
+        assert (leaving.asked, router.asked) == (2, 8)
+        with Client(f"{draining},{gone}") as client, pytest.raises(UnavailableError):
+            client.model()
+        assert leaving.asked == 3
+
+
+def test_what_a_router_says_is_unavailable_is_asked_for_nowhere_else(
+    address: str, router: ScriptedRouter
+) -> None:
+    storeless = ScriptedRouter(refuses=UnavailableError("no store"))
+    with (
+        serve(storeless) as first,
+        Client(f"{first},{address}") as client,
+        pytest.raises(UnavailableError, match="no store"),
+    ):
+        client.model()
+    assert router.asked == 0
 
 
 def test_importing_the_client_needs_neither_torch_nor_ray() -> None:

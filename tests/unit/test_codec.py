@@ -62,6 +62,7 @@ sequences = st.builds(
     prompt=st.lists(u32, min_size=1, max_size=8).map(tuple),
     generated=ids,
     sampling=samplings,
+    cache_salt=st.text(max_size=8),
 )
 logprob = st.builds(TokenLogprob, token_id=u32, logprob=st.floats(width=32, allow_nan=False))
 positions = st.builds(

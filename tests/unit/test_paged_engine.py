@@ -145,6 +145,21 @@ def test_a_prefix_hit_skips_computing_and_changes_nothing() -> None:
     assert tokens_of(events, "b") == reference(prompt)
 
 
+def test_a_salt_hides_a_prefix_from_other_salts_and_changes_no_token() -> None:
+    """Promise: not one block is shared between two salts, and the same salt finds its own."""
+    engine = build_sim_engine(BIG)
+    prompt = prompt_of(100)
+    hits = []
+    for index, salt in enumerate(["", "acme/", "rival/", "acme/x", "acme/", ""]):
+        plain = request(prompt, name=f"r{index}")
+        engine.add(replace(plain, sequence=replace(plain.sequence, cache_salt=salt)))
+        events = run(engine)
+        assert isinstance(events[0], Started)
+        hits.append(events[0].cached_tokens)
+        assert tokens_of(events, f"r{index}") == reference(prompt)
+    assert hits == [0, 0, 0, 0, 96, 96]
+
+
 def test_preempted_requests_say_the_same_tokens() -> None:
     config = replace(BIG, num_blocks=16, block_size_tokens=4)
     engine = build_sim_engine(config)

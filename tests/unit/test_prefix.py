@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kv.prefix import ROOT, SequenceHashes, block_hashes, child_hash
+from baton.kv.prefix import ROOT, SequenceHashes, block_hashes, child_hash, root_of
 
 tokens_of = st.lists(st.integers(0, 2**32 - 1), max_size=60)
 
@@ -22,15 +22,21 @@ def test_a_chain_of_children_is_the_sequence(tokens: list[int], size: int) -> No
     assert block_hashes(tokens, size) == chained
 
 
-@given(parts=st.lists(tokens_of, min_size=1, max_size=4), sizes=st.sets(st.integers(1, 9)))
+@given(
+    parts=st.lists(tokens_of, min_size=1, max_size=4),
+    sizes=st.sets(st.integers(1, 9)),
+    salt=st.text(max_size=4),
+)
 def test_a_sequence_that_grows_has_the_hashes_of_the_whole(
-    parts: list[list[int]], sizes: set[int]
+    parts: list[list[int]], sizes: set[int], salt: str
 ) -> None:
-    growing = SequenceHashes(parts[0])
+    """Under its salt, and forked too."""
+    growing = SequenceHashes(parts[0], salt)
     whole = list(parts[0])
     for part in [*parts[1:], []]:
         for size in sizes:
-            assert growing.of(size) == block_hashes(whole, size)
+            assert growing.of(size) == block_hashes(whole, size, root_of(salt))
+        growing = growing.fork()
         growing.extend(part)
         whole += part
     assert len(growing) == len(whole)

@@ -202,6 +202,30 @@ async def test_a_message_over_the_limit_is_refused_and_the_server_goes_on() -> N
         await harness.get_info()
 
 
+async def test_metadata_over_the_limit_is_refused_and_the_server_goes_on() -> None:
+    async with running(ServerSettings(max_metadata_bytes=4096)) as harness:
+        for size, refused in ((2000, False), (6000, True), (2000, False)):
+            request = decode_pb2.DecodeServiceGetInfoRequest()
+            call = harness.stub.GetInfo(request, timeout=5, metadata=(("x-note", "x" * size),))
+            code = await call.code()
+            assert (code is grpc.StatusCode.RESOURCE_EXHAUSTED) is refused
+
+
+async def test_calls_over_the_limit_of_a_connection_wait_their_turn() -> None:
+    """Promise: one connection cannot take more of the server than its share, and nothing is lost."""
+    async with running(ServerSettings(max_streams=2)) as harness:
+        harness.decode.hang = True
+        held = [harness.stub.Decode(decode_pb2.DecodeRequest()) for _ in range(2)]
+        for call in held:
+            await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as waited:
+            await harness.stub.GetInfo(decode_pb2.DecodeServiceGetInfoRequest(), timeout=0.3)
+        assert waited.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        held[0].cancel()
+        await harness.get_info()
+        held[1].cancel()
+
+
 async def test_a_handlers_cleanup_runs_when_the_caller_cancels() -> None:
     """Generators end with the call, not when garbage is collected."""
     async with running() as harness:

@@ -19,9 +19,11 @@ from baton.errors import (
     InvalidRequestError,
     ModelLoadError,
     NotFoundError,
+    PermissionDeniedError,
     PreconditionError,
     SessionBusyError,
     SessionLostError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from baton.service.groups import first_error
@@ -44,6 +46,8 @@ EXAMPLES: tuple[BatonError, ...] = (
     SessionLostError("it was closed"),
     ModelLoadError("/models/x/config.json", "not JSON"),
     InternalError("engine failed"),
+    UnauthenticatedError("the API key is not valid"),
+    PermissionDeniedError("for administrators"),
 )
 
 
@@ -114,7 +118,8 @@ def test_a_status_carries_error_info_and_the_detail_of_its_class(
         (grpc.StatusCode.UNIMPLEMENTED, PreconditionError),
         (grpc.StatusCode.INTERNAL, InternalError),
         (grpc.StatusCode.UNKNOWN, InternalError),
-        (grpc.StatusCode.PERMISSION_DENIED, InternalError),
+        (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
+        (grpc.StatusCode.UNAUTHENTICATED, UnauthenticatedError),
     ],
 )
 def test_a_status_without_details_maps_by_its_code(

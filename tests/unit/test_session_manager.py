@@ -129,6 +129,7 @@ async def test_a_turn_is_counted_in_the_session_and_in_the_metrics() -> None:
             last_cached_tokens=5,
             prefill_worker="p",
             decode_worker="d",
+            last_lease_id=told.last_lease_id,
             updated_s=rig.clock.now_s,
         )
         assert rig.value("baton_session_turns_total", outcome="ok") == 2

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import BatonError, InvalidRequestError, NotFoundError
+from baton.service.access import LOCAL, Caller
+from baton.service.keys import TenantLimits
 from baton.types import SamplingParams
 from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTemplate
@@ -21,9 +23,7 @@ _BYTES = Tokenizer.of_bytes()
 
 def _chatty() -> Tokenizer:
     source = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
-    tokenizer = Tokenizer.of_bytes()
-    tokenizer._template = ChatTemplate(source, {}, path="inline")
-    return tokenizer
+    return Tokenizer(Tokenizer.of_bytes()._backend, ChatTemplate(source, {}, path="inline"))
 
 
 def _request(**fields: object) -> inference_pb2.GenerateRequest:
@@ -54,6 +54,13 @@ def test_a_bare_prompt_gets_every_default() -> None:
     seed = valid.sampling.seed
     assert valid.sampling == SamplingParams(max_tokens=30, temperature=1.0, top_p=1.0, seed=seed)
     assert len(valid.request_id) == 32
+
+
+def test_a_priority_is_cut_to_the_tenants_highest() -> None:
+    low = Caller(limits=TenantLimits(max_priority=-3))
+    for caller, asked, cut in ((LOCAL, 7, 7), (low, 7, -3), (low, 0, -3), (low, -9, -9)):
+        valid = parse_generate(_request(priority=asked), _FACTS, _BYTES, caller=caller)
+        assert valid.priority == cut
 
 
 def test_seeds_and_request_ids_are_drawn_anew_for_each_request() -> None:

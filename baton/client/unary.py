@@ -1,0 +1,61 @@
+"""A call that is no stream: made at the router in use and, where that one is lost or drains, at the next, once at each.
+
+A call whose answer was lost may have been carried out: a session may have been created that nobody knows, or closed.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from baton.client.recovery import Routers, Services
+from baton.errors import DrainingError, UnavailableError
+from baton.service.status import error_from_rpc, said_by_peer
+
+Pick = Callable[[Services], Any]
+"""The method to call; the stubs are not typed, and nor is what it returns."""
+
+
+def ask(routers: Routers, pick: Pick, request: object, timeout_s: float | None) -> Any:
+    """The answer. `timeout_s` is for all tries. Raises the `BatonError` of the last one."""
+    tries = _Tries(routers, timeout_s)
+    while True:
+        try:
+            return pick(tries.router)(request, timeout=tries.left_s(), metadata=routers.metadata)
+        except grpc.RpcError as error:
+            tries.failed(error)
+
+
+async def ask_async(routers: Routers, pick: Pick, request: object, timeout_s: float | None) -> Any:
+    """See `ask`."""
+    tries = _Tries(routers, timeout_s)
+    while True:
+        try:
+            return await pick(tries.router)(
+                request, timeout=tries.left_s(), metadata=routers.metadata
+            )
+        except grpc.RpcError as error:
+            tries.failed(error)
+
+
+class _Tries:
+    """Of one call."""
+
+    def __init__(self, routers: Routers, timeout_s: float | None) -> None:
+        self._routers = routers
+        self.router, *self._others = routers.each()
+        self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def left_s(self) -> float | None:
+        return None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+
+    def failed(self, error: grpc.RpcError) -> None:
+        """Returns where there is another router to try; raises where the error stands."""
+        typed = error_from_rpc(error)
+        # Of itself, a router says so by draining only: what else is unavailable is so at all of them.
+        lost = isinstance(typed, DrainingError if said_by_peer(error) else UnavailableError)
+        if not lost or not self._others:
+            raise typed from error
+        self._routers.move_on(self.router)
+        self.router = self._others.pop(0)
