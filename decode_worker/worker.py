@@ -1,12 +1,15 @@
 """The decode worker, put together: the same object inside a Ray actor, in one process with prefill, and in tests."""
 
+import grpc
+
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
+from baton.service.tunnel import Method, TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import decode_pb2_grpc
+from baton.v1 import decode_pb2, decode_pb2_grpc, tunnel_pb2_grpc
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE, DecodeServicer
@@ -27,9 +30,14 @@ class DecodeWorker:
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
-        return await self.host.start(
-            lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
-        )
+        decode = Method(decode_pb2.DecodeRequest.FromString, servicer.Decode)
+        tunnel = TunnelServicer({"/baton.v1.DecodeService/Decode": decode})
+
+        def add(server: grpc.aio.Server) -> None:
+            decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
+            tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
+
+        return await self.host.start(add)
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new calls; returns once the running ones have ended, or after the grace. See `WorkerHost.drain`."""

@@ -1,12 +1,15 @@
 """The prefill worker, put together: the same object inside a Ray actor, in one process with decode, and in tests."""
 
+import grpc
+
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
+from baton.service.tunnel import Method, TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import prefill_pb2_grpc
+from baton.v1 import prefill_pb2, prefill_pb2_grpc, tunnel_pb2_grpc
 from prefill_worker.prefiller import Prefiller
 from prefill_worker.servicer import SERVICE, PrefillServicer
 
@@ -22,9 +25,14 @@ class PrefillWorker:
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = PrefillServicer(self.host, self._prefiller)
-        return await self.host.start(
-            lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
-        )
+        prefill = Method(prefill_pb2.PrefillRequest.FromString, servicer.Prefill)
+        tunnel = TunnelServicer({"/baton.v1.PrefillService/Prefill": prefill})
+
+        def add(server: grpc.aio.Server) -> None:
+            prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
+            tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
+
+        return await self.host.start(add)
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new calls; returns once the KV of all running ones was pulled, or after the grace. See `WorkerHost.drain`."""

@@ -49,7 +49,7 @@ from baton.v1 import decode_pb2, prefill_pb2
 from router.members import Member, Pair
 from router.ordering import TokenOrder
 from router.outcome import AttemptStats, Failure, Stage
-from router.streams import Broken, consume
+from router.streams import Broken, Call, consume
 
 LEAVE_INTERVAL_S = 0.1
 """How often a draining worker is asked to hand an attempt over that it could not hand over before."""
@@ -188,7 +188,7 @@ class Attempt:
             await asyncio.sleep(SOURCE_GRACE_S)
         self._end(failure)
 
-    def _call_decode(self) -> Any:
+    def _call_decode(self) -> Call:
         member, source, terms = self._pair.decode, self._pair.prefill, self._terms
         if self._attach:
             attach = decode_pb2.DecodeServiceAttachRequest(
@@ -215,6 +215,8 @@ class Attempt:
         return member.call_decode(request, self._remaining_s())
 
     def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
+        if self._over.is_set():
+            return
         match response.WhichOneof("event"):
             case "reserved":
                 if not self._attach:
@@ -315,6 +317,8 @@ class Attempt:
         await self._outlive_prefill(Failure(self._own_deadline(broken.error), member.worker_id))
 
     def _on_prefill(self, response: prefill_pb2.PrefillResponse) -> None:
+        if self._over.is_set():
+            return
         match response.WhichOneof("event"):
             case "started":
                 self._timeline.record(Event.PREFILL_STARTED, time.monotonic())

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -24,6 +23,11 @@ from baton.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from router.streams import Call, DirectCall
+from router.tunnel import Tunnel
+
+PREFILL = "/baton.v1.PrefillService/Prefill"
+DECODE = "/baton.v1.DecodeService/Decode"
 
 RELEASE_TIMEOUT_S = 1.0
 """Releasing is a courtesy: a worker also lets go by itself, of a prompt at once, of an answer after its grace."""
@@ -50,6 +54,7 @@ class Member:
         self._decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self._worker = worker_pb2_grpc.WorkerServiceStub(channel)
         self._channel = channel
+        self._tunnel = Tunnel(channel)
         self._lost: UnavailableError | None = None
         self._watchers: set[LostCallback] = set()
         self._draining = False
@@ -62,20 +67,24 @@ class Member:
     def worker_id(self) -> WorkerId:
         return self.info.worker_id
 
-    def call_prefill(self, request: prefill_pb2.PrefillRequest, timeout_s: float) -> Any:
+    def call_prefill(self, request: prefill_pb2.PrefillRequest, timeout_s: float) -> Call:
         """Starts a Prefill call. Raises `UnavailableError` where the member is lost: its channel takes no calls."""
         self._raise_if_lost()
-        return self._prefill.Prefill(request, timeout=timeout_s)
+        parse = prefill_pb2.PrefillResponse.FromString
+        call = self._tunnel.start(PREFILL, request, parse, timeout_s)
+        return call or DirectCall(self._prefill.Prefill(request, timeout=timeout_s))
 
-    def call_decode(self, request: decode_pb2.DecodeRequest, timeout_s: float) -> Any:
+    def call_decode(self, request: decode_pb2.DecodeRequest, timeout_s: float) -> Call:
         """Starts a Decode call. Raises `UnavailableError` where the member is lost."""
         self._raise_if_lost()
-        return self._decode.Decode(request, timeout=timeout_s)
+        parse = decode_pb2.DecodeResponse.FromString
+        call = self._tunnel.start(DECODE, request, parse, timeout_s)
+        return call or DirectCall(self._decode.Decode(request, timeout=timeout_s))
 
-    def call_attach(self, request: decode_pb2.DecodeServiceAttachRequest, timeout_s: float) -> Any:
+    def call_attach(self, request: decode_pb2.DecodeServiceAttachRequest, timeout_s: float) -> Call:
         """Starts an Attach call. Raises `UnavailableError` where the member is lost."""
         self._raise_if_lost()
-        return self._decode.Attach(request, timeout=timeout_s)
+        return DirectCall(self._decode.Attach(request, timeout=timeout_s))
 
     async def find(self, request_id: str, tenant: str) -> decode_pb2.FindResponse:
         """The attempts at a client's request that a decode worker holds; none where it does not answer in time."""
@@ -160,6 +169,7 @@ class Member:
 
     async def close(self) -> None:
         """Ends the channel, and what still runs on it after a grace. Precondition: lost."""
+        await self._tunnel.close()
         await self._channel.close(CLOSE_GRACE_S)
         for task in tuple(self._releases):
             task.cancel()

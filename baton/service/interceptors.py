@@ -159,9 +159,16 @@ async def _fail(context: _Context, error: BaseException, method: str) -> None:
         error = first_error(error)
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if not isinstance(error, BatonError):
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        # The exception's own text may quote the request.
-        _log.error("%s failed: %s\n%s", method, type(error).__name__, frames)
-        error = InternalError(f"internal error ({type(error).__name__})")
-    await abort(context, error)
+    await abort(context, typed_error(error, method))
+
+
+def typed_error(error: BaseException, method: str) -> BatonError:
+    """What a caller is told of an exception that a handler raised; one that is no `BatonError` is logged."""
+    if isinstance(error, BaseExceptionGroup):
+        error = first_error(error)
+    if isinstance(error, BatonError):
+        return error
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    # The exception's own text may quote the request.
+    _log.error("%s failed: %s\n%s", method, type(error).__name__, frames)
+    return InternalError(f"internal error ({type(error).__name__})")

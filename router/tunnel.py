@@ -1,0 +1,183 @@
+"""The router's end of a tunnel to one worker: calls that share one stream, since calls of their own cost more than what they carry.
+
+A tunnel opens when it is first asked for; until it is open, and with a worker that serves none, `start` has no call to give and
+the caller makes a gRPC call. One that breaks ends its calls, and opens again when it is asked for. What all callers start in one
+step of the event loop travels in one message. Used on the router's event loop.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from baton.errors import BatonError, InternalError, UnavailableError
+from baton.service.status import error_from_status_bytes
+from baton.v1 import tunnel_pb2, tunnel_pb2_grpc
+from router.streams import Broken
+
+REOPEN_S = 1.0
+"""How long a tunnel that broke is not opened again."""
+MESSAGE_BYTES = 256 * 1024
+"""About the largest message that the stream carries. A larger request travels by itself: where it is too large, it alone fails."""
+
+
+class TunnelledCall:
+    """One call; `consume` reads it."""
+
+    def __init__(
+        self, parse: Callable[[bytes], Any], cancel: Callable[["TunnelledCall"], None]
+    ) -> None:
+        self._parse = parse
+        self._cancel = cancel
+        self._handle: Callable[[Any], None] | None = None
+        self._early: list[bytes] = []
+        self._broken: asyncio.Future[Broken] = asyncio.get_running_loop().create_future()
+
+    async def consume(self, handle: Callable[[Any], None]) -> Broken:
+        """See `router.streams.consume`. `handle` is called as responses come, whether or not this task has its turn."""
+        self._handle = handle
+        for response in self._early:
+            self.deliver(response)
+        try:
+            return await self._broken
+        finally:
+            self._handle = None
+            self._cancel(self)
+
+    def deliver(self, response: bytes) -> None:
+        """The next response has come."""
+        if self._broken.done():
+            return
+        if self._handle is None:
+            self._early.append(response)
+            return
+        try:
+            self._handle(self._parse(response))
+        except DecodeError:
+            self.end(Broken(InternalError("a response is no valid message"), from_worker=True))
+        except BatonError as error:
+            self.end(Broken(error, from_worker=True))
+        except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever consumes
+            self._broken.set_exception(error)
+
+    def end(self, broken: Broken) -> None:
+        """No more will come. The first call decides."""
+        if not self._broken.done():
+            self._broken.set_result(broken)
+
+
+class Tunnel:
+    """See the module docstring."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = tunnel_pb2_grpc.TunnelServiceStub(channel)
+        self._ids = itertools.count(1)
+        self._calls: dict[int, TunnelledCall] = {}
+        self._next = tunnel_pb2.OpenRequest()
+        self._next_bytes = 0
+        self._full: list[tunnel_pb2.OpenRequest] = []
+        """Messages before the next one."""
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._open = False
+        self._not_before_s = 0.0
+
+    def start(
+        self, method: str, request: Message, parse: Callable[[bytes], Any], timeout_s: float
+    ) -> TunnelledCall | None:
+        """Starts a call; None where the tunnel is not open."""
+        if not self._open:
+            if self._task is None and time.monotonic() >= self._not_before_s:
+                self._task = asyncio.create_task(self._run(), name="tunnel of the router")
+            return None
+        body = request.SerializeToString()
+        if len(body) > MESSAGE_BYTES:
+            return None
+        if self._next_bytes + len(body) > MESSAGE_BYTES:
+            self._full.append(self._take_next())
+        number = next(self._ids)
+        call = self._calls[number] = TunnelledCall(parse, lambda call: self._let_go(number, call))
+        self._next.starts.add(call=number, method=method, request=body, timeout_seconds=timeout_s)
+        self._next_bytes += len(body)
+        self._changed.set()
+        return call
+
+    async def close(self) -> None:
+        """Ends every call. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        stream = self._stub.Open()
+        sending: asyncio.Task[None] | None = None
+        try:
+            # The stubs do not know the end-of-stream marker.
+            while (response := await stream.read()) is not grpc.aio.EOF:
+                if sending is None:
+                    sending = asyncio.create_task(self._send(stream), name="sends in a tunnel")
+                    self._open = True
+                self._deliver(response)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            unserved = (
+                isinstance(error, grpc.aio.AioRpcError)
+                and error.code() is grpc.StatusCode.UNIMPLEMENTED
+            )
+            self._not_before_s = float("inf") if unserved else 0.0
+        finally:
+            self._open = False
+            self._task = None
+            self._not_before_s = max(self._not_before_s, time.monotonic() + REOPEN_S)
+            stream.cancel()
+            if sending is not None:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+            calls, self._calls = self._calls, {}
+            self._full.clear()
+            self._take_next()
+            lost = Broken(UnavailableError("the tunnel broke"), from_worker=False)
+            for call in calls.values():
+                call.end(lost)
+
+    async def _send(self, stream: Any) -> None:
+        while True:
+            await self._changed.wait()
+            # Whoever else was woken in this step of the loop adds its part.
+            await asyncio.sleep(0)
+            self._changed.clear()
+            full, self._full = self._full, []
+            for request in (*full, self._take_next()):
+                await stream.write(request)
+
+    def _take_next(self) -> tunnel_pb2.OpenRequest:
+        taken, self._next, self._next_bytes = self._next, tunnel_pb2.OpenRequest(), 0
+        return taken
+
+    def _deliver(self, response: tunnel_pb2.OpenResponse) -> None:
+        for message in response.messages:
+            call = self._calls.get(message.call)
+            if call is not None:
+                call.deliver(message.response)
+        for end in response.ends:
+            call = self._calls.pop(end.call, None)
+            if call is not None:
+                call.end(_end_of(end.status))
+
+    def _let_go(self, number: int, call: TunnelledCall) -> None:
+        if self._calls.get(number) is call:
+            del self._calls[number]
+            self._next.cancels.append(number)
+            self._changed.set()
+
+
+def _end_of(status: bytes) -> Broken:
+    if not status:
+        return Broken(InternalError("the stream ended early"), from_worker=True)
+    try:
+        return Broken(error_from_status_bytes(status), from_worker=True)
+    except DecodeError:
+        return Broken(InternalError("a status is no valid message"), from_worker=True)
