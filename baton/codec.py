@@ -215,12 +215,13 @@ def chunk_to_proto(chunk: TokenChunk) -> pb.TokenChunk:
 
 
 def chunk_from_proto(message: pb.TokenChunk) -> TokenChunk:
-    if len(message.logprobs) not in (0, len(message.token_ids)):
+    token_ids, logprobs = tuple(message.token_ids), message.logprobs
+    if not logprobs:
+        return TokenChunk(message.first_index, token_ids)
+    if len(logprobs) != len(token_ids):
         raise _invalid("tokens.logprobs", "must be empty or as long as token_ids")
     return TokenChunk(
-        first_index=message.first_index,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(logprobs_from_proto(p) for p in message.logprobs),
+        message.first_index, token_ids, tuple(logprobs_from_proto(p) for p in logprobs)
     )
 
 

@@ -4,6 +4,7 @@ Used by the request's own task on the router's event loop.
 """
 
 import asyncio
+from typing import Any
 
 from baton.errors import CapacityError
 from baton.service.calls import Context
@@ -19,17 +20,30 @@ class ClientStream:
         self._context = context
         self._stall_s = stall_s
         self._opened = False
+        self._stalled = False
 
     async def write(self, response: pb.GenerateResponse) -> None:
         """Returns once gRPC has taken the message. Raises `CapacityError` where the client has not read for so long that it cannot."""
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling, self._stalled = task.cancelling(), False
+        # As `asyncio.timeout` does it, but several times cheaper, for every message to a client.
+        timer = asyncio.get_running_loop().call_later(self._stall_s, self._give_up, task)
         try:
-            async with asyncio.timeout(self._stall_s):
-                if self._opened:
-                    await self._context.write(response)
-                else:
-                    await self._open(response)
-        except TimeoutError:
-            raise CapacityError("the client does not read its stream") from None
+            if self._opened:
+                await self._context.write(response)
+            else:
+                await self._open(response)
+        except asyncio.CancelledError:
+            if self._stalled and task.uncancel() <= cancelling:
+                raise CapacityError("the client does not read its stream") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, task: asyncio.Task[Any]) -> None:
+        self._stalled = True
+        task.cancel()
 
     async def _open(self, response: pb.GenerateResponse) -> None:
         """The first message takes the call's initial metadata along. Cancelled in the middle, gRPC would send that again with the

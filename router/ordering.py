@@ -21,6 +21,9 @@ class TokenOrder:
         """The chunks that are due now, in order. Raises `InternalError` where a token was there before."""
         if not chunk.token_ids:
             return []
+        if chunk.first_index == self.next_index and not self._held:
+            self.next_index = chunk.end_index
+            return [chunk]
         if chunk.first_index < self.next_index or self._overlaps(chunk):
             raise InternalError(f"a worker repeated the token at position {chunk.first_index}")
         self._held[chunk.first_index] = chunk

@@ -55,6 +55,8 @@ class Output:
         self._known_characters = known_characters
         self._pieces: list[Piece] = []
         self._said: list[str] = []
+        self._untold: list[TokenChunk] = []
+        """Tokens after those of the pieces."""
         self._closed = False
         self._on_change: Callable[[], None] = lambda: None
         self.generated: list[int] = []
@@ -74,6 +76,7 @@ class Output:
     @property
     def said(self) -> str:
         """All of its text so far."""
+        self._tell()
         return "".join(self._said)
 
     @property
@@ -86,26 +89,31 @@ class Output:
         the end, or the stream does not take what is there. Where a token ends the output, the worker knows, and its own word is waited for.
         """
         room = self._max_tokens - len(self.generated)
-        update = self._text.push(chunk.token_ids[:room])
-        taken = replace(
-            chunk,
-            token_ids=chunk.token_ids[: update.consumed_tokens],
-            logprobs=chunk.logprobs[: update.consumed_tokens],
-        )
+        ids = chunk.token_ids if len(chunk.token_ids) <= room else chunk.token_ids[:room]
+        immediate = self._text.needs_every_token
+        update = self._text.push(ids) if immediate else self._text.scan(ids)
+        taken = _until(chunk, update.consumed_tokens)
         self.stop = self.stop or update.stop
         if update.stop_token_id is not None:
             self.stop_token_id = update.stop_token_id
         if taken.token_ids:
             self.generated.extend(taken.token_ids)
-            self._add(update.text, taken)
+            if immediate:
+                self._add(update.text, taken)
+            else:
+                self._untold.append(taken)
+                self._unread_bytes += self._unknown_bytes(taken)
+            self._on_change()
         cut = len(taken.token_ids) < len(chunk.token_ids)
         return cut or self.stop is not None or self.overflowed
 
     def finish(self) -> None:
         """The output is complete: gives out the text that was held back."""
+        self._tell()
         rest = self._text.finish()
         if rest:
             self._add(rest, None)
+            self._on_change()
 
     def close(self) -> None:
         """Nothing more will come. Idempotent."""
@@ -123,6 +131,7 @@ class Output:
 
     def take(self) -> Piece | None:
         """Everything new, as far as it fits one message; None where nothing is."""
+        self._tell()
         if not self._pieces:
             return None
         piece = self._pieces.pop(0)
@@ -131,6 +140,16 @@ class Output:
         if not self.overflowed:
             self._unread_bytes -= _bytes(piece)
         return piece
+
+    def _tell(self) -> None:
+        """Makes pieces of the tokens whose text nothing depended on so far."""
+        untold, self._untold = self._untold, []
+        while untold:
+            chunk = untold.pop(0)
+            while untold and len(chunk.token_ids) + len(untold[0].token_ids) <= MAX_PIECE_TOKENS:
+                chunk = _joined_chunk(chunk, untold.pop(0))
+            self._unread_bytes -= self._unknown_bytes(chunk)
+            self._add(self._text.text_of(chunk.token_ids), chunk)
 
     def _add(self, text: str, tokens: TokenChunk | None) -> None:
         self._said.append(text)
@@ -142,7 +161,12 @@ class Output:
             piece = Piece(fresh, tokens, self._choice)
             self._unread_bytes += _bytes(piece)
             self._pieces.append(piece)
-            self._on_change()
+
+    def _unknown_bytes(self, tokens: TokenChunk) -> int:
+        """About what the client lacks of it."""
+        known = tokens.first_index < self._known_tokens
+        unknown = _after(tokens, self._known_tokens) if known else tokens
+        return 0 if unknown is None else _token_bytes(unknown)
 
 
 class Outputs:
@@ -151,21 +175,52 @@ class Outputs:
     def __init__(self, outputs: Sequence[Output]) -> None:
         self._outputs = deque(outputs)
         self._changed = asyncio.Event()
+        self._rest: asyncio.TimerHandle | None = None
+        """Runs while nothing is to be taken, except the end."""
         for output in outputs:
-            output.on_change(self._changed.set)
+            output.on_change(self._on_change)
 
-    async def take(self) -> Piece | None:
-        """The next piece, of each completion in turn; None once all was taken and every output is closed."""
-        while True:
-            for output in tuple(self._outputs):
-                self._outputs.rotate(-1)
-                piece = output.take()
-                if piece is not None:
-                    return piece
-            if all(output.closed for output in self._outputs):
-                return None
-            self._changed.clear()
-            await self._changed.wait()
+    async def take(self, rest_s: float = 0.0) -> Piece | None:
+        """The next piece, of each completion in turn; None once all was taken and every output is closed. What comes within `rest_s` is
+        joined, unless the end comes too.
+        """
+        if rest_s and not self._closed:
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
+        try:
+            while True:
+                if self._rest is None or self._closed:
+                    for output in tuple(self._outputs):
+                        self._outputs.rotate(-1)
+                        piece = output.take()
+                        if piece is not None:
+                            return piece
+                    if self._closed:
+                        return None
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            if self._rest is not None:
+                self._rest.cancel()
+                self._rest = None
+
+    @property
+    def _closed(self) -> bool:
+        return all(output.closed for output in self._outputs)
+
+    def _on_change(self) -> None:
+        if self._rest is None or self._closed:
+            self._changed.set()
+
+    def _rested(self) -> None:
+        self._rest = None
+        self._changed.set()
+
+
+def _until(chunk: TokenChunk, count: int) -> TokenChunk:
+    """The chunk's first tokens."""
+    if count == len(chunk.token_ids):
+        return chunk
+    return TokenChunk(chunk.first_index, chunk.token_ids[:count], chunk.logprobs[:count])
 
 
 def _after(chunk: TokenChunk, index: int) -> TokenChunk | None:
@@ -182,19 +237,22 @@ def _length(piece: Piece) -> int:
 
 def _bytes(piece: Piece) -> int:
     """About what it takes on the wire; joining pieces does not change it."""
-    if piece.tokens is None:
-        return len(piece.text)
-    entries = sum(1 + len(position.top) for position in piece.tokens.logprobs)
-    return len(piece.text) + TOKEN_BYTES * len(piece.tokens.token_ids) + LOGPROB_BYTES * entries
+    return len(piece.text) + (0 if piece.tokens is None else _token_bytes(piece.tokens))
+
+
+def _token_bytes(tokens: TokenChunk) -> int:
+    entries = sum(1 + len(position.top) for position in tokens.logprobs)
+    return TOKEN_BYTES * len(tokens.token_ids) + LOGPROB_BYTES * entries
 
 
 def _joined(first: Piece, second: Piece) -> Piece:
     text = first.text + second.text
     if first.tokens is None or second.tokens is None:
         return replace(first, text=text, tokens=first.tokens or second.tokens)
-    tokens = replace(
-        first.tokens,
-        token_ids=first.tokens.token_ids + second.tokens.token_ids,
-        logprobs=first.tokens.logprobs + second.tokens.logprobs,
+    return replace(first, text=text, tokens=_joined_chunk(first.tokens, second.tokens))
+
+
+def _joined_chunk(first: TokenChunk, second: TokenChunk) -> TokenChunk:
+    return TokenChunk(
+        first.first_index, first.token_ids + second.token_ids, first.logprobs + second.logprobs
     )
-    return replace(first, text=text, tokens=tokens)

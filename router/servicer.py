@@ -43,6 +43,10 @@ from router.sessions.turn import Turn, TurnResult
 from router.tenants import Demand
 from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
 
+MIN_REST_S = 0.005
+"""Shorter rests would join little, and cost a timer."""
+MAX_REST_S = 0.1
+"""Tokens that wait longer would be seen to come in jerks."""
 INLINE_BYTES = 8192
 """Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
 
@@ -249,9 +253,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             hashes=hashes,
         )
         async with answer.running() as outputs:
-            while (piece := await outputs.take()) is not None:
+            rest_s = 0.0
+            while (piece := await outputs.take(rest_s)) is not None:
                 await stream.write(_chunk(piece))
                 self._wrote(piece, account.timeline)
+                rest_s = self._rest_s()
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
             # Before the client is told: it may begin its next turn at once.
@@ -277,6 +283,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             prefill_worker=report.prefill_worker,
             decode_worker=report.decode_worker,
         )
+
+    def _rest_s(self) -> float:
+        """How long a stream that was written to rests, so that all of them together make no more messages than the settings say."""
+        rest_s = len(self._table) / self._settings.client_messages_per_s
+        return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 
     def _wrote(self, piece: Piece, timeline: Timeline) -> None:
         if piece.tokens is None:

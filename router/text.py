@@ -7,6 +7,7 @@ machines it is made of, belong to one request and are driven from the router's e
 up what it holds when the output ends, and decodes ever longer stretches while a model emits broken bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ _MAX_INCOMPLETE = 3
 """Most bytes, hence replacement characters, that a UTF-8 character can lack its last byte by."""
 _CONTEXT_TOKENS = 8
 _MAX_PENDING_TOKENS = 32
+_STEP_TOKENS = 16
+"""Decoded at once, where so many come together."""
 
 
 class Tokenizer:
@@ -47,7 +50,8 @@ class Tokenizer:
         self._template = template
         self._control = None if template is None else ControlTokens(backend)
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        special = {token_id for token_id, token in added.items() if token.special}
+        self._textual = frozenset(backend.get_vocab(with_added_tokens=True).values()) - special
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":
@@ -128,7 +132,7 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token can be part of a text: it is in the tokenizer's vocabulary and not special."""
-        return token_id not in self._special and self._backend.id_to_token(token_id) is not None
+        return token_id in self._textual
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -167,11 +171,14 @@ class Detokenizer:
         self._pending: list[int] = []
         self._sent = 0
 
-    def push(self, token_id: int) -> str:
-        """The text that is complete with this token and was not before."""
-        if not self._tokenizer.has_text(token_id):
-            return ""
-        self._pending.append(token_id)
+    def push(self, *token_ids: int) -> str:
+        """The text that is complete with these tokens and was not before."""
+        textual = [token_id for token_id in token_ids if self._tokenizer.has_text(token_id)]
+        steps = range(0, len(textual), _STEP_TOKENS)
+        return "".join(self._push(textual[at : at + _STEP_TOKENS]) for at in steps)
+
+    def _push(self, token_ids: Sequence[int]) -> str:
+        self._pending.extend(token_ids)
         text = self._pending_text()
         ready, settled = len(text.rstrip(_REPLACEMENT)), 0
         if text and ready == len(text):
@@ -214,8 +221,14 @@ def _context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The prompt's end: a few tokens, from where a character begins."""
     textual = [token_id for token_id in prompt[-64:] if tokenizer.has_text(token_id)]
     counts = range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_INCOMPLETE + 1)
-    ends = [textual[-count:] for count in counts]
-    return min(ends, key=lambda end: tokenizer.decode(end).count(_REPLACEMENT))
+    best, fewest = textual[-_CONTEXT_TOKENS:], math.inf
+    for count in counts:
+        broken = tokenizer.decode(textual[-count:]).count(_REPLACEMENT)
+        if broken < fewest:
+            best, fewest = textual[-count:], broken
+        if not broken:
+            break
+    return best
 
 
 class StopMatcher:
@@ -300,6 +313,7 @@ class OutputText:
         eos_token_ids: Sequence[int],
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._has_stops = bool(sampling.stop)
         self._matcher = StopMatcher(sampling.stop)
         self._min_tokens = sampling.min_tokens
         ends = () if sampling.ignore_eos else eos_token_ids
@@ -323,6 +337,29 @@ class OutputText:
                 )
                 return self._ending
         return TextUpdate(text="".join(parts), consumed_tokens=len(token_ids))
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether each token's text can end the output: then `push` takes them as they come. Else they may be counted by `scan` first, and
+        many of them turned into text at once.
+        """
+        return self._has_stops
+
+    def scan(self, token_ids: Sequence[int]) -> TextUpdate:
+        """What `push` returns, but for the text, which `text_of` gives later. Precondition: not `needs_every_token`."""
+        if self._ending is not None:
+            return TextUpdate(text="", consumed_tokens=0)
+        for consumed, token_id in enumerate(token_ids, start=1):
+            if token_id in self._ends:
+                self._ending = TextUpdate(text="", consumed_tokens=consumed, stop_token_id=token_id)
+                return self._ending
+        return TextUpdate(text="", consumed_tokens=len(token_ids))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that is complete with these tokens, which were scanned and are the next ones."""
+        if self._ending is not None and token_ids[-1] == self._ending.stop_token_id:
+            token_ids = token_ids[:-1]
+        return self._detokenizer.push(*token_ids)
 
     def finish(self) -> str:
         """The rest of the text, when the output has ended: what was held because it might have become a character or a stop."""

@@ -175,6 +175,10 @@ class RouterSettings(ServerSettings):
     """Decode gets a worker where each of its workers has so many requests, or nine tenths of their blocks are used."""
     max_unread_bytes: int = 1024 * 1024
     """A client that leaves more of its output unread loses its request."""
+    client_messages_per_s: float = 5000.0
+    """About how many messages with tokens the router sends a second, to all clients together. With so many streams that each token
+    in a message of its own would be more, each stream's tokens are joined, for 0.1 s at most: a message costs more than a token.
+    """
     placement: PlacementPolicy = PlacementPolicy.PREFIX_AWARE
     local_prefill_tokens: int = 32
     """Prompts of which decode lacks at most so many tokens are computed by decode itself; 0 never."""
