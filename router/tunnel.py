@@ -85,13 +85,16 @@ class Tunnel:
         self._task: asyncio.Task[None] | None = None
         self._open = False
         self._not_before_s = 0.0
+        self.unserved = False
+        """The worker knows no tunnels."""
 
     def start(
         self, method: str, request: Message, parse: Callable[[bytes], Any], timeout_s: float
     ) -> TunnelledCall | None:
         """Starts a call; None where the tunnel is not open."""
         if not self._open:
-            if self._task is None and time.monotonic() >= self._not_before_s:
+            may_open = self._task is None and not self.unserved
+            if may_open and time.monotonic() >= self._not_before_s:
                 self._task = asyncio.create_task(self._run(), name="tunnel of the router")
             return None
         body = request.SerializeToString()
@@ -122,16 +125,14 @@ class Tunnel:
                     sending = asyncio.create_task(self._send(stream), name="sends in a tunnel")
                     self._open = True
                 self._deliver(response)
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            unserved = (
-                isinstance(error, grpc.aio.AioRpcError)
-                and error.code() is grpc.StatusCode.UNIMPLEMENTED
-            )
-            self._not_before_s = float("inf") if unserved else 0.0
+        except grpc.aio.AioRpcError as error:
+            self.unserved = error.code() is grpc.StatusCode.UNIMPLEMENTED
+        except asyncio.CancelledError:
+            pass  # by `close`, or because the channel was closed; all that is left to do follows
         finally:
             self._open = False
             self._task = None
-            self._not_before_s = max(self._not_before_s, time.monotonic() + REOPEN_S)
+            self._not_before_s = time.monotonic() + REOPEN_S
             stream.cancel()
             if sending is not None:
                 sending.cancel()
