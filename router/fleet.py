@@ -182,6 +182,10 @@ class Fleet:
         for size in self.registry.block_sizes():
             self.registry.note_cached(worker_id, size, hashes.of(size))
 
+    def members(self) -> list[Member]:
+        """Everybody."""
+        return list(self._members.values())
+
     def decode_members(self) -> list[Member]:
         """Whoever can hold a request's attempts: the draining ones too, and those that turned to prefill since."""
         members = self._members.values()

@@ -54,7 +54,7 @@ class Member:
         self._decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self._worker = worker_pb2_grpc.WorkerServiceStub(channel)
         self._channel = channel
-        self._tunnel = Tunnel(channel)
+        self.tunnel = Tunnel(channel)
         self._lost: UnavailableError | None = None
         self._watchers: set[LostCallback] = set()
         self._draining = False
@@ -71,14 +71,14 @@ class Member:
         """Starts a Prefill call. Raises `UnavailableError` where the member is lost: its channel takes no calls."""
         self._raise_if_lost()
         parse = prefill_pb2.PrefillResponse.FromString
-        call = self._tunnel.start(PREFILL, request, parse, timeout_s)
+        call = self.tunnel.start(PREFILL, request, parse, timeout_s)
         return call or DirectCall(self._prefill.Prefill(request, timeout=timeout_s))
 
     def call_decode(self, request: decode_pb2.DecodeRequest, timeout_s: float) -> Call:
         """Starts a Decode call. Raises `UnavailableError` where the member is lost."""
         self._raise_if_lost()
         parse = decode_pb2.DecodeResponse.FromString
-        call = self._tunnel.start(DECODE, request, parse, timeout_s)
+        call = self.tunnel.start(DECODE, request, parse, timeout_s)
         return call or DirectCall(self._decode.Decode(request, timeout=timeout_s))
 
     def call_attach(self, request: decode_pb2.DecodeServiceAttachRequest, timeout_s: float) -> Call:
@@ -169,7 +169,7 @@ class Member:
 
     async def close(self) -> None:
         """Ends the channel, and what still runs on it after a grace. Precondition: lost."""
-        await self._tunnel.close()
+        await self.tunnel.close()
         await self._channel.close(CLOSE_GRACE_S)
         for task in tuple(self._releases):
             task.cancel()

@@ -93,9 +93,7 @@ class Tunnel:
     ) -> TunnelledCall | None:
         """Starts a call; None where the tunnel is not open."""
         if not self._open:
-            may_open = self._task is None and not self.unserved
-            if may_open and time.monotonic() >= self._not_before_s:
-                self._task = asyncio.create_task(self._run(), name="tunnel of the router")
+            self.open()
             return None
         body = request.SerializeToString()
         if len(body) > MESSAGE_BYTES:
@@ -108,6 +106,16 @@ class Tunnel:
         self._next_bytes += len(body)
         self._changed.set()
         return call
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls can be started."""
+        return self._open
+
+    def open(self) -> None:
+        """Opens it in the background, unless it opens already, broke a moment ago, or the worker serves none."""
+        if self._task is None and not self.unserved and time.monotonic() >= self._not_before_s:
+            self._task = asyncio.create_task(self._run(), name="tunnel of the router")
 
     async def close(self) -> None:
         """Ends every call. Idempotent."""

@@ -19,6 +19,7 @@ from baton.service.calls import Context
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings, ServerSettings
 from baton.service.status import error_from_rpc
+from baton.service.tunnel import Method, TunnelServicer
 from baton.types import FinishReason, PrefixDelta, Role, WorkerId, WorkerInfo, WorkerLoad
 from baton.v1 import (
     common_pb2,
@@ -30,8 +31,10 @@ from baton.v1 import (
     inference_pb2_grpc,
     prefill_pb2,
     prefill_pb2_grpc,
+    tunnel_pb2_grpc,
 )
 from router.app import RouterApp
+from router.members import DECODE, PREFILL
 from router.tenants import LimitsOf
 from router.text import Tokenizer
 
@@ -120,7 +123,9 @@ class FakeWorker:
         script: Script = behave,
         *,
         spec: KVSpec = SPEC,
+        tunnels: bool = False,
     ) -> None:
+        self._tunnels = tunnels
         self.role = role
         self.worker_id = WorkerId(worker_id)
         self.script = script
@@ -148,6 +153,13 @@ class FakeWorker:
         self._server.register(
             lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server)
         )
+        if self._tunnels:
+            prefills = Method(prefill_pb2.PrefillRequest.FromString, prefill.Prefill)
+            decodes = Method(decode_pb2.DecodeRequest.FromString, decode.Decode)
+            tunnel = TunnelServicer({PREFILL: prefills, DECODE: decodes})
+            self._server.register(
+                lambda server: tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
+            )
         self.port = await self._server.start()
         self._joining = asyncio.create_task(self._join(router))
         return self
@@ -364,10 +376,16 @@ class Cluster:
         return f"127.0.0.1:{self.app.port}"
 
     async def add(
-        self, role: Role, worker_id: str, script: Script = behave, *, spec: KVSpec = SPEC
+        self,
+        role: Role,
+        worker_id: str,
+        script: Script = behave,
+        *,
+        spec: KVSpec = SPEC,
+        tunnels: bool = False,
     ) -> FakeWorker:
         """Starts a worker and waits until the router counts it as a member."""
-        worker = FakeWorker(role, worker_id, self.handoffs, script, spec=spec)
+        worker = FakeWorker(role, worker_id, self.handoffs, script, spec=spec, tunnels=tunnels)
         await worker.start(self.address)
         self.workers.append(worker)
         await self.until(lambda: worker_id in self.members)

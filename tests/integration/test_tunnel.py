@@ -56,9 +56,7 @@ async def far(handle: Handler) -> AsyncIterator[Far]:
     tunnel = Tunnel(channel)
     try:
         async with asyncio.timeout(10):
-            while (
-                tunnel.start("/test/None", tokens(), common_pb2.TokenIds.FromString, 1.0) is None
-            ):
+            while tunnel.start("/test/None", tokens(), common_pb2.TokenIds.FromString, 1.0) is None:
                 await asyncio.sleep(0.005)
             yield Far(server, tunnel)
     finally:
