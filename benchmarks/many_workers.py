@@ -143,7 +143,7 @@ async def _run(args: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         if args.kind == "fake":
             agents = await _start_fakes(args, settings, stack)
-            while any(agent.num_joined < len(args.router) for agent in agents):
+            while any(agent.num_joined < len(args.router) for agent in agents):  # noqa: ASYNC110 - the agents have no event for it
                 await asyncio.sleep(0.05)
         else:
             await _start_sims(args, settings, stack)

@@ -20,17 +20,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from baton import codec
+from baton.kv.prefix import block_hashes
 from baton.types import AttemptKey, RequestId, RequestRecord, Role, SamplingParams
 from baton.types import Sequence as TokenSequence
 from baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 from benchmarks.report import write_report
-from router.fleet import block_hashes
 from router.placement import LoadAware, PlaceRequest
 from router.registry import Registry
 
@@ -197,7 +198,7 @@ async def run_load(
         peak = max(peak, router.resident_bytes)
     await asyncio.gather(*streams)
     cpu_s, wall_s = router.cpu_s - cpu_s, time.perf_counter() - wall_s
-    await asyncio.gather(*(channel.close() for channel in opened))
+    await asyncio.gather(*(channel.close(None) for channel in opened))
     return {
         "requests": load.requests,
         "errors": load.errors,
@@ -217,6 +218,7 @@ async def run_load(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
+    """0 of no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
@@ -284,7 +286,7 @@ async def _time_tokens(start: Any, name: str) -> tuple[float, list[float]]:
     async for response in start():
         tokens = response.chunk.tokens if name == "router" else response.tokens
         arrivals += [time.perf_counter()] * len(tokens.token_ids)
-    gaps = [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(arrivals)]
     return arrivals[0] - started_s, gaps
 
 

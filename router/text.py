@@ -50,8 +50,9 @@ class Tokenizer:
         self._template = template
         self._control = None if template is None else ControlTokens(backend)
         added = backend.get_added_tokens_decoder()
-        special = {token_id for token_id, token in added.items() if token.special}
-        self._textual = frozenset(backend.get_vocab(with_added_tokens=True).values()) - special
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        known = backend.get_vocab(with_added_tokens=True).values()
+        self._textual = frozenset(known) - self._special
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":

@@ -128,7 +128,7 @@ class Tunnel:
         sending: asyncio.Task[None] | None = None
         try:
             # The stubs do not know the end-of-stream marker.
-            while (response := await stream.read()) is not grpc.aio.EOF:
+            while (response := await stream.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 if sending is None:
                     sending = asyncio.create_task(self._send(stream), name="sends in a tunnel")
                     self._open = True

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -56,7 +57,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
                 for start in request.starts:
                     task = asyncio.create_task(self._serve(start, outbox), name=start.method)
                     calls[start.call] = task
-                    task.add_done_callback(lambda _, call=start.call: calls.pop(call, None))
+                    task.add_done_callback(partial(_forget, calls, start.call))
                 for call in request.cancels:
                     if call in calls:
                         calls[call].cancel()
@@ -90,6 +91,10 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         except DecodeError:
             violation = FieldViolation("request", "not a valid protobuf message")
             raise InvalidRequestError(violation) from None
+
+
+def _forget(calls: dict[int, asyncio.Task[None]], call: int, _task: asyncio.Task[None]) -> None:
+    calls.pop(call, None)
 
 
 class _TunnelledCall:

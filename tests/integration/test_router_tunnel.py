@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from router_fakes import PROMPT, Cluster, FakeWorker, cluster, expected
 
 from baton.types import Role
 from router.tunnel import Tunnel
+from tests.integration.router_fakes import PROMPT, Cluster, FakeWorker, cluster, expected
 
 pytestmark = pytest.mark.usefixtures("tunnelled")
 
