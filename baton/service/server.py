@@ -17,6 +17,9 @@ from baton.service.interceptors import ErrorInterceptor
 from baton.service.settings import ServerSettings
 from baton.service.tls import TlsFiles, server_credentials
 
+MAX_PENDING_CALLS = 65536
+"""Calls that have arrived and that the event loop has not come to."""
+
 
 class GrpcServer:
     """Servicers are added through `register`; then `start`, health by `set_serving`, and `stop`."""
@@ -87,6 +90,9 @@ def _server_options(settings: ServerSettings) -> list[tuple[str, int]]:
     return [
         # Two processes on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
+        # Beyond it, gRPC cancels calls without saying why; who may wait is for the services to say.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         # Without the second, gRPC refuses some calls at random between the two.
         ("grpc.max_metadata_size", settings.max_metadata_bytes),

@@ -356,3 +356,15 @@ async def test_any_error_of_the_tree_crosses_a_stream() -> None:
                 await call.read()
             back: BatonError = error_from_rpc(failed.value)
             assert (type(back), vars(back)) == (type(error), vars(error))
+
+
+async def test_a_burst_of_calls_is_not_turned_away() -> None:
+    """gRPC would cancel calls, without a reason, beyond the first thousand that wait for the event loop."""
+    server = GrpcServer(ServerSettings(reflection=False), [])
+    port = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        calls = [check(health_pb2.HealthCheckRequest(), timeout=30) for _ in range(4000)]
+        answers = await asyncio.gather(*calls)
+    await server.stop(0)
+    assert {answer.status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
