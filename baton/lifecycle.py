@@ -11,6 +11,9 @@ from enum import Enum
 class Event(Enum):
     """Instants in a request's life, in the order in which an undisturbed one meets them."""
 
+    # Members are singletons; an enum's own hash is a Python function, and timelines are looked up all the time.
+    __hash__ = object.__hash__
+
     RECEIVED = "received"
     ADMITTED = "admitted"
     PLACED = "placed"

@@ -4,6 +4,7 @@ one_token           requests of one token, so many at once: requests per CPU-sec
 one_token_pair      the same with a prefill and a decode worker for each request: the first token is prefill's
 streams             256 streams of many tokens: tokens per CPU-second, and tokens per message to the clients
 latency             one request at a time, in turn through the router and straight to the decode worker: added TTFT and ITL
+bare_grpc           the measure of all this: a process that forwards streaming calls, a call for each, and does nothing else
 scale               500 fake workers, 2,000 streams at once: placement time, memory, errors
 
 python -m benchmarks.router_cost
@@ -40,8 +41,8 @@ CHANNEL_OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-class RouterProcess:
-    """A running `python -m router`."""
+class Measured:
+    """A process whose cost is measured."""
 
     def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
         self._process = process
@@ -62,13 +63,12 @@ class RouterProcess:
 
 
 @contextmanager
-def running_router(**settings: object) -> Iterator[RouterProcess]:
+def running_router(**settings: object) -> Iterator[Measured]:
     """A router with those settings."""
     environment = {f"BATON_{name.upper()}": str(value) for name, value in settings.items()}
     process = subprocess.Popen(
         [
             sys.executable,
-            *os.environ.get("PROF", "").split(),
             "-m",
             "router",
             "--listen",
@@ -88,7 +88,7 @@ def running_router(**settings: object) -> Iterator[RouterProcess]:
             else:
                 raise RuntimeError("the router did not start")
             drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=sys.stderr)
-            yield RouterProcess(process, f"127.0.0.1:{found[1]}")
+            yield Measured(process, f"127.0.0.1:{found[1]}")
         finally:
             process.terminate()
             process.wait(20)
@@ -96,9 +96,15 @@ def running_router(**settings: object) -> Iterator[RouterProcess]:
 
 
 @contextmanager
-def running_workers(router: RouterProcess, **flags: object) -> Iterator[None]:
-    """Workers in a process of their own; see `benchmarks.many_workers`."""
-    command = [sys.executable, "-m", "benchmarks.many_workers", "--router", router.address]
+def running_workers(router: Measured, **flags: object) -> Iterator[None]:
+    """Workers in a process of their own; see `benchmarks.processes.many_workers`."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.processes.many_workers",
+        "--router",
+        router.address,
+    ]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     with subprocess.Popen(
@@ -169,7 +175,7 @@ class Load:
 
 
 async def run_load(
-    router: RouterProcess,
+    router: Measured,
     *,
     concurrency: int,
     requests: int,
@@ -224,7 +230,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 async def run_latency(
-    router: RouterProcess, *, requests: int, prompt_tokens: int, new_tokens: int
+    router: Measured, *, requests: int, prompt_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
     """In turn through the router and to the decode worker itself."""
     rng = random.Random(2)
@@ -292,7 +298,7 @@ async def _time_tokens(start: Any, name: str) -> tuple[float, list[float]]:
 
 def time_placement(workers: int, prompt_tokens: int, rounds: int = 500) -> dict[str, float]:
     """Placement alone, in this process: hashing the prompt, the view of the fleet, the policy."""
-    from benchmarks.many_workers import fake_info  # noqa: PLC0415 - brings the workers along
+    from benchmarks.processes.many_workers import fake_info  # noqa: PLC0415 - brings the workers along
 
     registry, policy, rng = Registry(), LoadAware(), random.Random(3)
     for index in range(workers):
@@ -310,6 +316,61 @@ def time_placement(workers: int, prompt_tokens: int, rounds: int = 500) -> dict[
         "workers": workers,
         "place_p50_ms": round(quantile(times, 0.5) * 1e3, 3),
         "place_p99_ms": round(quantile(times, 0.99) * 1e3, 3),
+    }
+
+
+@contextmanager
+def running_forwarder(*arguments: str) -> Iterator[tuple[Measured, str]]:
+    """A process of `benchmarks.processes.forwarder`, and its port."""
+    command = [sys.executable, "-m", "benchmarks.processes.forwarder", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        try:
+            yield Measured(process, f"127.0.0.1:{port}"), port
+        finally:
+            process.stdin.close()
+            process.wait(20)
+
+
+async def run_bare(
+    forwarder: Measured, *, concurrency: int, requests: int, messages: int
+) -> tuple[float, float]:
+    """CPU and wall seconds of so many calls."""
+    async with grpc.aio.insecure_channel(forwarder.address) as channel:
+        stub = channel.unary_stream("/bare/Stream", None, None)
+        left = iter(range(requests))
+
+        async def stream() -> None:
+            for _ in left:
+                async for _message in stub(b"%d" % messages):
+                    pass
+
+        cpu_s, wall_s = forwarder.cpu_s, time.perf_counter()
+        await asyncio.gather(*(stream() for _ in range(concurrency)))
+        return forwarder.cpu_s - cpu_s, time.perf_counter() - wall_s
+
+
+def bare_grpc(args: argparse.Namespace) -> dict[str, Any]:
+    """Calls of three messages, as an answer of one token has, and 256 calls of many."""
+    with (
+        running_forwarder("backend") as (_, port),
+        running_forwarder("forward", port) as (forwarder, _),
+    ):
+        asyncio.run(run_bare(forwarder, concurrency=32, requests=300, messages=3))
+        short_s, _ = asyncio.run(
+            run_bare(forwarder, concurrency=args.concurrency, requests=args.requests, messages=3)
+        )
+        long_s, wall_s = asyncio.run(
+            run_bare(forwarder, concurrency=256, requests=256, messages=200)
+        )
+    return {
+        "requests_per_cpu_s": round(args.requests / short_s, 1),
+        "messages_per_cpu_s": round(256 * 200 / long_s, 1),
+        "utilisation": round(long_s / wall_s, 3),
     }
 
 
@@ -387,6 +448,7 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
 
 
 CELLS = {
+    "bare_grpc": bare_grpc,
     "one_token": lambda args: one_token(args, pair=False),
     "one_token_pair": lambda args: one_token(args, pair=True),
     "streams_paced": lambda args: streams(args, step_ms=args.step_ms),

@@ -138,18 +138,19 @@ def _choice_end(choice: int, reason: FinishReason, output: Output) -> pb.ChoiceE
 
 
 def _timings(timeline: Timeline, stats: AttemptStats) -> pb.Timings:
-    placed_s = timeline.at_s(Event.PLACED) or 0.0
-
     def at_s(event: Event) -> float:
         return timeline.at_s(event) or 0.0
 
+    placed_s = at_s(Event.PLACED)
+
     def last_at_s(event: Event) -> float:
         """0 where an earlier attempt came to it, but not the last one."""
-        return at_s(event) if at_s(event) >= placed_s else 0.0
+        seconds = at_s(event)
+        return seconds if seconds >= placed_s else 0.0
 
     return pb.Timings(
         admitted_at_seconds=at_s(Event.ADMITTED),
-        placed_at_seconds=at_s(Event.PLACED),
+        placed_at_seconds=placed_s,
         reserved_at_seconds=last_at_s(Event.RESERVED),
         prefill_started_at_seconds=last_at_s(Event.PREFILL_STARTED),
         first_token_at_seconds=at_s(Event.FIRST_TOKEN),

@@ -88,7 +88,7 @@ class Generation:
         """
         self._request = request
         self._hashes = hashes
-        self._sampling = replace(request.sampling, choice=choice)
+        self._sampling = replace(request.sampling, choice=choice) if choice else request.sampling
         self._held = held
         self._output = output
         self._timeline = timeline

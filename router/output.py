@@ -59,6 +59,7 @@ class Output:
         """Tokens after those of the pieces."""
         self._closed = False
         self._on_change: Callable[[], None] = lambda: None
+        self._on_close: Callable[[], None] = lambda: None
         self.generated: list[int] = []
         """Every token of the output."""
         self.stop: str | None = None
@@ -117,17 +118,19 @@ class Output:
 
     def close(self) -> None:
         """Nothing more will come. Idempotent."""
-        self._closed = True
-        self._on_change()
+        if not self._closed:
+            self._closed = True
+            self._on_close()
+            self._on_change()
 
     @property
     def closed(self) -> bool:
         """Whether nothing more will come, beside what was not taken yet."""
         return self._closed
 
-    def on_change(self, tell: Callable[[], None]) -> None:
-        """`tell` is called when something can be taken, or nothing more will come."""
-        self._on_change = tell
+    def watch(self, on_change: Callable[[], None], on_close: Callable[[], None]) -> None:
+        """`on_change` is called when something may be to be taken, or nothing more will come, then after `on_close`."""
+        self._on_change, self._on_close = on_change, on_close
 
     def take(self) -> Piece | None:
         """Everything new, as far as it fits one message; None where nothing is."""
@@ -177,24 +180,25 @@ class Outputs:
         self._changed = asyncio.Event()
         self._rest: asyncio.TimerHandle | None = None
         """Runs while nothing is to be taken, except the end."""
+        self._num_open = sum(not output.closed for output in outputs)
         for output in outputs:
-            output.on_change(self._on_change)
+            output.watch(self._on_change, self._on_close)
 
     async def take(self, rest_s: float = 0.0) -> Piece | None:
         """The next piece, of each completion in turn; None once all was taken and every output is closed. What comes within `rest_s` is
         joined, unless the end comes too.
         """
-        if rest_s and not self._closed:
+        if rest_s and self._num_open:
             self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
         try:
             while True:
-                if self._rest is None or self._closed:
+                if self._rest is None or not self._num_open:
                     for output in tuple(self._outputs):
                         self._outputs.rotate(-1)
                         piece = output.take()
                         if piece is not None:
                             return piece
-                    if self._closed:
+                    if not self._num_open:
                         return None
                 self._changed.clear()
                 await self._changed.wait()
@@ -203,13 +207,12 @@ class Outputs:
                 self._rest.cancel()
                 self._rest = None
 
-    @property
-    def _closed(self) -> bool:
-        return all(output.closed for output in self._outputs)
-
     def _on_change(self) -> None:
-        if self._rest is None or self._closed:
+        if self._rest is None or not self._num_open:
             self._changed.set()
+
+    def _on_close(self) -> None:
+        self._num_open -= 1
 
     def _rested(self) -> None:
         self._rest = None

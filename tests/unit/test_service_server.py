@@ -359,7 +359,7 @@ async def test_any_error_of_the_tree_crosses_a_stream() -> None:
 
 
 async def test_a_burst_of_calls_is_not_turned_away() -> None:
-    """gRPC would cancel calls, without a reason, beyond the first thousand that wait for the event loop."""
+    """GRPC would cancel calls, without a reason, beyond the first thousand that wait for the event loop."""
     server = GrpcServer(ServerSettings(reflection=False), [])
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -4,7 +4,7 @@
     fake    speak the workers' protocol and compute nothing: one clock steps all of them, so that they cost little and the router is
             what is measured; each has an address of its own, hence a connection of its own
 
-    python -m benchmarks.many_workers --router 127.0.0.1:50051 --kind fake --prefill 1 --decode 4 --step-ms 10
+    python -m benchmarks.processes.many_workers --router 127.0.0.1:50051 --kind fake --prefill 1 --decode 4 --step-ms 10
 
 Prints "ready" once every worker is a member; ends with its standard input.
 """
@@ -31,7 +31,7 @@ from baton.v1 import (
     prefill_pb2_grpc,
     tunnel_pb2_grpc,
 )
-from benchmarks.fake_worker import SPEC, FakeDecode, FakePrefill, Handoffs, StepClock
+from benchmarks.processes.fake_worker import SPEC, FakeDecode, FakePrefill, Handoffs, StepClock
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
 

@@ -1,0 +1,1 @@
+"""Processes that benchmarks start: what stands around what is measured."""
