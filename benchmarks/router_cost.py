@@ -5,7 +5,7 @@ one_token_pair      the same with a prefill and a decode worker for each request
 streams             256 streams of many tokens: tokens per CPU-second, and tokens per message to the clients
 latency             one request at a time, in turn through the router and straight to the decode worker: added TTFT and ITL
 bare_grpc           the measure of all this: a process that forwards streaming calls, a call for each, and does nothing else
-scale               500 fake workers, 2,000 streams at once: placement time, memory, errors
+scale               500 fake workers, 2,000 streams at once: memory, errors; what placement alone takes then is `benchmarks.placement_scale`
 
 python -m benchmarks.router_cost
 """
@@ -28,13 +28,10 @@ from typing import Any
 import grpc
 
 from baton import codec
-from baton.kv.prefix import block_hashes
-from baton.types import AttemptKey, RequestId, RequestRecord, Role, SamplingParams
+from baton.types import AttemptKey, RequestId, RequestRecord, SamplingParams
 from baton.types import Sequence as TokenSequence
 from baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 from benchmarks.report import write_report
-from router.placement import LoadAware, PlaceRequest
-from router.registry import Registry
 
 GENERATE = "/baton.v1.InferenceService/Generate"
 CHANNEL_OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
@@ -296,29 +293,6 @@ async def _time_tokens(start: Any, name: str) -> tuple[float, list[float]]:
     return arrivals[0] - started_s, gaps
 
 
-def time_placement(workers: int, prompt_tokens: int, rounds: int = 500) -> dict[str, float]:
-    """Placement alone, in this process: hashing the prompt, the view of the fleet, the policy."""
-    from benchmarks.processes.many_workers import fake_info  # noqa: PLC0415 - brings the workers along
-
-    registry, policy, rng = Registry(), LoadAware(), random.Random(3)
-    for index in range(workers):
-        role = Role.DECODE if index % 2 else Role.PREFILL
-        registry.join(fake_info(role, index, port=1), 0.0)
-    times = []
-    for turn in range(rounds):
-        tokens = [rng.randrange(1, 256) for _ in range(prompt_tokens)]
-        began_s = time.perf_counter()
-        hashes = {size: block_hashes(tokens, size) for size in registry.block_sizes()}
-        view = registry.view(hashes, 0.0)
-        policy.place(view, PlaceRequest(num_tokens=len(tokens), turn=turn))
-        times.append(time.perf_counter() - began_s)
-    return {
-        "workers": workers,
-        "place_p50_ms": round(quantile(times, 0.5) * 1e3, 3),
-        "place_p99_ms": round(quantile(times, 0.99) * 1e3, 3),
-    }
-
-
 @contextmanager
 def running_forwarder(*arguments: str) -> Iterator[tuple[Measured, str]]:
     """A process of `benchmarks.processes.forwarder`, and its port."""
@@ -443,7 +417,6 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
             )
         )
         figures["router_idle_rss_mb"] = round(before / 1e6, 1)
-    figures["placement_alone"] = time_placement(args.fleet, 64)
     return figures
 
 

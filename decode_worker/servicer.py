@@ -14,6 +14,7 @@ from baton.codec import (
 )
 from baton.errors import FieldViolation, InvalidRequestError, PreconditionError
 from baton.service.calls import Context, time_left_s
+from baton.service.tunnel import Method
 from baton.service.worker_host import WorkerHost
 from baton.types import AttemptKey
 from baton.v1 import decode_pb2, decode_pb2_grpc
@@ -38,6 +39,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._host = host
         self._decoder = decoder
         self._attempts = attempts
+
+    @property
+    def tunnelled(self) -> dict[str, Method]:
+        """What routers call in a tunnel."""
+        return {f"/{SERVICE}/Decode": Method(decode_pb2.DecodeRequest.FromString, self.Decode)}
 
     async def Decode(  # noqa: N802
         self, request: decode_pb2.DecodeRequest, context: Context

@@ -5,11 +5,11 @@ import grpc
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
-from baton.service.tunnel import Method, TunnelServicer
+from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import decode_pb2, decode_pb2_grpc, tunnel_pb2_grpc
+from baton.v1 import decode_pb2_grpc, tunnel_pb2_grpc
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE, DecodeServicer
@@ -30,8 +30,7 @@ class DecodeWorker:
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
-        decode = Method(decode_pb2.DecodeRequest.FromString, servicer.Decode)
-        tunnel = TunnelServicer({"/baton.v1.DecodeService/Decode": decode})
+        tunnel = TunnelServicer(servicer.tunnelled)
 
         def add(server: grpc.aio.Server) -> None:
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)

@@ -9,10 +9,11 @@ import grpc
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
+from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVSource, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc
+from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, tunnel_pb2_grpc
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE as DECODE_SERVICE
@@ -42,10 +43,12 @@ class FlexWorker:
         """See `WorkerHost.start`."""
         prefill = PrefillServicer(self.host, self._prefiller)
         decode = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
+        tunnel = TunnelServicer(prefill.tunnelled | decode.tunnelled)
 
         def add(server: grpc.aio.Server) -> None:
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server)
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server)
+            tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
 
         return await self.host.start(add)
 

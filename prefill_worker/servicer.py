@@ -11,6 +11,7 @@ from baton.codec import (
     worker_info_to_proto,
 )
 from baton.service.calls import Context, bounded
+from baton.service.tunnel import Method
 from baton.service.worker_host import WorkerHost
 from baton.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_worker.prefiller import (
@@ -32,6 +33,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, host: WorkerHost, prefiller: Prefiller) -> None:
         self._host = host
         self._prefiller = prefiller
+
+    @property
+    def tunnelled(self) -> dict[str, Method]:
+        """What routers call in a tunnel."""
+        return {f"/{SERVICE}/Prefill": Method(prefill_pb2.PrefillRequest.FromString, self.Prefill)}
 
     async def Prefill(  # noqa: N802
         self, request: prefill_pb2.PrefillRequest, context: Context

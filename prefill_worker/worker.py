@@ -5,11 +5,11 @@ import grpc
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
-from baton.service.tunnel import Method, TunnelServicer
+from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import prefill_pb2, prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.v1 import prefill_pb2_grpc, tunnel_pb2_grpc
 from prefill_worker.prefiller import Prefiller
 from prefill_worker.servicer import SERVICE, PrefillServicer
 
@@ -25,8 +25,7 @@ class PrefillWorker:
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = PrefillServicer(self.host, self._prefiller)
-        prefill = Method(prefill_pb2.PrefillRequest.FromString, servicer.Prefill)
-        tunnel = TunnelServicer({"/baton.v1.PrefillService/Prefill": prefill})
+        tunnel = TunnelServicer(servicer.tunnelled)
 
         def add(server: grpc.aio.Server) -> None:
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
