@@ -35,6 +35,7 @@ class Ports:
             names if within is not None else [*names, fleet_service],
             tls=tls,
             access=self.access,
+            share_port=settings.share_port,
         )
         self._fleet = self._clients
         if within is not None:
@@ -89,6 +90,8 @@ class Ports:
 def _fleet_settings(settings: RouterSettings) -> RouterSettings | None:
     """The settings of the fleet's own port, if it has one."""
     if not settings.fleet_listen:
+        if settings.share_port:
+            raise _invalid("fleet_listen", "is needed where processes share a port")
         guarded = (settings.api_keys_file, settings.tls_cert_file, settings.fleet_cert_file)
         if any(guarded):
             raise _invalid("fleet_listen", "is needed with API keys or certificates")

@@ -31,6 +31,7 @@ class GrpcServer:
         *,
         tls: TlsFiles | None = None,
         access: Access | None = None,
+        share_port: bool = False,
     ) -> None:
         """`services` are the full names of the services that will be registered. `tls` None speaks plaintext, `access` None takes
         everybody.
@@ -40,7 +41,7 @@ class GrpcServer:
         self._tls = tls
         self._server = grpc.aio.server(
             interceptors=[ErrorInterceptor(access or OpenAccess())],
-            options=_server_options(settings),
+            options=_server_options(settings, share_port=share_port),
         )
         self._health = HealthServicer()
         self.port = 0
@@ -86,10 +87,10 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-def _server_options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _server_options(settings: ServerSettings, *, share_port: bool) -> list[tuple[str, int]]:
     return [
-        # Two processes on one port would share its connections at random.
-        ("grpc.so_reuseport", 0),
+        # Processes on one port share its connections at random: never by accident.
+        ("grpc.so_reuseport", int(share_port)),
         # Beyond it, gRPC cancels calls without saying why; who may wait is for the services to say.
         ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),

@@ -196,6 +196,10 @@ class RouterSettings(ServerSettings):
     """Turns of one session. Its tokens are bounded by the model's context."""
     session_lease_s: float = 15.0
     """How long a session stays locked when the router that ran its turn died."""
+    share_port: bool = False
+    """Let other router processes listen at `port` too: the system spreads the clients' connections over them. Needs `fleet_listen`, another
+    one for each, since workers join every process.
+    """
     fleet_listen: str = ""
     """host:port for workers, and for whoever administers without a key; empty: workers join at the clients' port, which is refused
     where clients need a key or TLS is on.

@@ -177,3 +177,9 @@ def test_a_router_whose_clients_could_pose_as_workers_does_not_start(
     settings = replace(SETTINGS, **{name: getattr(whole, name)})
     with pytest.raises(InvalidRequestError, match="fleet_listen"):
         RouterApp(settings, Tokenizer.of_bytes())
+
+
+def test_routers_that_share_a_port_without_one_each_for_workers_do_not_start() -> None:
+    """Promise: a worker joins every router, and not whichever the system gives it."""
+    with pytest.raises(InvalidRequestError, match="fleet_listen"):
+        RouterApp(replace(SETTINGS, share_port=True), Tokenizer.of_bytes())
