@@ -71,7 +71,7 @@ async def routers(store: Path) -> AsyncIterator[tuple[str, list[asyncio.subproce
         stack.push_async_callback(worker.stop)
         for _, fleet in started:
             async with asyncio.timeout(20), AsyncClient(fleet) as client:
-                while not (await client.model()).workers:
+                while not (await client.model()).workers:  # noqa: ASYNC110 - clients are told no other way
                     await asyncio.sleep(0.05)
         yield f"127.0.0.1:{port}", [process for process, _ in started]
 
