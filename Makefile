@@ -19,7 +19,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench protos fmt install check lint types layers spelling protos-check pytest redis-server clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest redis-server clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ presubmit: fmt test ## Format, then test: run before each commit
 bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
 	@for script in $$(grep -l __main__ benchmarks/*.py); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
+
+soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
+	@$(BIN)/python -m tests.faults.soak $(ARGS)
 
 protos: $(VENV)/.dev ## Regenerate baton/v1 from protos/
 	@$(call generate,.)

@@ -53,8 +53,10 @@ from router.streams import Broken, Call, consume
 
 LEAVE_INTERVAL_S = 0.1
 """How often a draining worker is asked to hand an attempt over that it could not hand over before."""
-HANDOFF_GRACE_S = 2.0
-"""How long decode may take to tell that it has the KV of a prefill worker that broke."""
+HANDOFF_GRACE_S = 0.4
+"""How long decode may take to tell that it has the KV of a prefill worker that broke. Where that one went silent, its lease has passed
+before.
+"""
 SOURCE_GRACE_S = 0.2
 """How long prefill may take to tell why decode cannot have its KV."""
 DEADLINE_SLACK_S = 0.25
@@ -264,9 +266,9 @@ class Attempt:
             self._spawn(self._leave())
 
     async def _leave(self) -> None:
-        """Stops decode as soon as it generates and another could go on."""
+        """Stops decode as soon as it generates and another could go on; nothing more once it takes requests again."""
         await self._has_kv.wait()
-        while self._leaves_at is None:
+        while self._leaves_at is None and self._pair.decode.draining:
             if self._elsewhere():
                 try:
                     self._leaves_at = await self._pair.decode.hand_over(

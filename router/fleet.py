@@ -86,21 +86,31 @@ class Fleet:
         return member
 
     def heartbeat(
-        self, member: Member, load: WorkerLoad, prefix: PrefixDelta, *, draining: bool
+        self,
+        member: Member,
+        load: WorkerLoad,
+        prefix: PrefixDelta,
+        *,
+        draining: bool,
+        stalled: bool = False,
     ) -> None:
-        """Takes a member's report in."""
+        """Takes a member's report in. A stalled one is given nothing new, but keeps what it runs."""
+        closed = draining or stalled
         current = self.registry.heartbeat(
             member.worker_id,
             member.session,
             load,
             prefix,
-            draining=draining,
+            draining=closed,
             now_s=time.monotonic(),
         )
-        if current and draining != (member.worker_id in self._draining):
+        if not current:
+            return
+        member.set_draining(draining=draining)
+        if closed != (member.worker_id in self._draining):
             self._draining ^= {member.worker_id}
-            member.set_draining(draining=draining)
-            _log.info("worker %s %s", member.worker_id, "drains" if draining else "drains no more")
+            why = "drains" if draining else "stalls"
+            _log.info("worker %s %s", member.worker_id, why if closed else "takes requests again")
             self._tell()
 
     def change_role(self, member: Member, info: WorkerInfo) -> None:
@@ -285,6 +295,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
                     codec.load_from_proto(beat.load),
                     codec.prefix_delta_from_proto(beat.prefix),
                     draining=beat.draining,
+                    stalled=beat.stalled,
                 )
             why = "it said so"
         except UnavailableError as error:

@@ -110,6 +110,11 @@ class Member:
             raise error_from_rpc(error) from error
         return int(response.end_index)
 
+    @property
+    def draining(self) -> bool:
+        """Whether its requests are to go elsewhere."""
+        return self._draining
+
     @contextmanager
     def on_draining(self, tell: Callable[[], None]) -> Iterator[None]:
         """Inside the context, `tell` is called when the worker begins to drain; at once if it does. It must not raise."""

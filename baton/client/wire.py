@@ -44,7 +44,12 @@ def channel_options(options: ConnectionOptions) -> list[tuple[str, int]]:
     ]
     if options.keepalive_s is not None:
         chosen.append(("grpc.keepalive_time_ms", round(options.keepalive_s * 1000)))
-        chosen.append(("grpc.keepalive_timeout_ms", round(options.keepalive_timeout_s * 1000)))
+        timeout_ms = round(options.keepalive_timeout_s * 1000)
+        chosen.append(("grpc.keepalive_timeout_ms", timeout_ms))
+        # A ping that gRPC sent to measure the network holds the others back, and has a timeout of its own: a minute.
+        chosen.append(("grpc.http2.ping_timeout_ms", timeout_ms))
+        # Someone who only reads may ping as often as they like.
+        chosen.append(("grpc.http2.max_pings_without_data", 0))
     return chosen
 
 

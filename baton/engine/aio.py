@@ -229,6 +229,11 @@ class AsyncEngine:
         self._load = await self._call(lambda engine: engine.load())
         return self._load
 
+    async def orphaned_blocks(self) -> int:
+        """Blocks that are held, but by no request whose stream is open. A release that is under way comes first."""
+        owned = frozenset(self._streams)
+        return await self._call(lambda engine: engine.orphaned_blocks(owned))
+
     def prefix_feed(self) -> PrefixFeed:
         """A new reader of the prefix cache's changes; close it when done."""
         feed = PrefixFeed(self._hashes, self._feeds.remove)

@@ -15,6 +15,7 @@ and a PREFILL request too, since nothing will follow its first token.
 """
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -197,6 +198,10 @@ class Engine(Protocol):
         ...
 
     def load(self) -> WorkerLoad: ...
+
+    def orphaned_blocks(self, owned: AbstractSet[AttemptKey]) -> int:
+        """Blocks that are held, but by no request of these keys: anything but 0 is a leak."""
+        ...
 
     def take_prefix_delta(self) -> PrefixDelta:
         """Prefix-cache changes since the last call."""

@@ -14,6 +14,7 @@ Not thread-safe: one thread owns it (`baton.engine.aio`). Torch-free: tensors ar
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from baton.engine.base import (
@@ -217,6 +218,11 @@ class PagedEngine:
             prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
             decode_step_s=self._speed.decode_step_s,
         )
+
+    def orphaned_blocks(self, owned: AbstractSet[AttemptKey]) -> int:
+        held = self._info.num_blocks - self._pool.num_available
+        tables = [state.table for key, state in self._requests.items() if key in owned]
+        return held - len({block for table in tables for block in table})
 
     def take_prefix_delta(self) -> PrefixDelta:
         return self._pool.take_delta()

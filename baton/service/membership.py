@@ -48,6 +48,14 @@ class Reporter(Protocol):
     def prefix_feed(self) -> Feed: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What a worker takes on."""
+
+    draining: bool = False
+    stalled: bool = False
+
+
 @dataclass(slots=True)
 class _Link:
     """One router."""
@@ -55,7 +63,7 @@ class _Link:
     address: str
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     joined: bool = False
-    told_draining: bool = False
+    told_standing: "_Standing | None" = None
     told: WorkerInfo | None = None
     """What this router was told that the worker is."""
     lost: bool = False
@@ -69,7 +77,7 @@ class FleetAgent:
         self._info = info
         self._reporter = reporter
         self._settings = settings
-        self._draining = False
+        self._standing = _Standing()
         self._links = [_Link(address) for address in settings.routers]
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -84,10 +92,13 @@ class FleetAgent:
             for link in self._links
         ]
 
-    def set_draining(self, *, draining: bool) -> None:
-        """Tells every router at once to place nothing new here, or that it may again."""
-        if draining != self._draining:
-            self._draining = draining
+    def set_standing(self, *, draining: bool, stalled: bool = False) -> None:
+        """Tells every router at once to place nothing new here, or that it may again; what runs on a draining worker goes elsewhere,
+        what runs on a stalled one stays.
+        """
+        standing = _Standing(draining, stalled)
+        if standing != self._standing:
+            self._standing = standing
             for link in self._links:
                 link.wake.set()
 
@@ -101,7 +112,7 @@ class FleetAgent:
         """Returns once every joined router was told what the worker is and whether it drains, or after the timeout."""
         end_s = asyncio.get_running_loop().time() + timeout_s
         while any(
-            link.joined and (link.told_draining != self._draining or link.told is not self._info)
+            link.joined and (link.told_standing != self._standing or link.told is not self._info)
             for link in self._links
         ):
             if asyncio.get_running_loop().time() >= end_s:
@@ -161,13 +172,13 @@ class FleetAgent:
             try:
                 while True:
                     link.wake.clear()
-                    draining = self._draining
+                    standing = self._standing
                     async with asyncio.timeout(terms.lease_seconds):
                         if link.told is not self._info:
                             await self._announce(link, call)
-                        for message in _heartbeats(self._reporter.load, feed.take(), draining):
+                        for message in _heartbeats(self._reporter.load, feed.take(), standing):
                             await call.write(message)
-                    link.told_draining = draining
+                    link.told_standing = standing
                     if not link.joined:
                         link.joined, link.lost = True, False
                         _log.info("joined router %s", link.address)
@@ -185,9 +196,7 @@ class FleetAgent:
 
 
 def _heartbeats(
-    load: WorkerLoad,
-    delta: PrefixDelta,
-    draining: bool,  # noqa: FBT001
+    load: WorkerLoad, delta: PrefixDelta, standing: _Standing
 ) -> Iterator[fleet_pb2.JoinRequest]:
     """At least one; several where the delta is large."""
     count = max(len(delta.stored), len(delta.evicted), 1)
@@ -198,7 +207,10 @@ def _heartbeats(
         )
         yield fleet_pb2.JoinRequest(
             heartbeat=fleet_pb2.JoinRequest.Heartbeat(
-                load=load_to_proto(load), prefix=prefix_delta_to_proto(piece), draining=draining
+                load=load_to_proto(load),
+                prefix=prefix_delta_to_proto(piece),
+                draining=standing.draining,
+                stalled=standing.stalled,
             )
         )
 

@@ -256,6 +256,7 @@ class WorkerMetrics(MetricsServer):
         self._preemptions = self._counter(
             "preemptions", "Times a request lost its blocks and was recomputed."
         )
+        self._orphaned_blocks = 0
         self._queue_s = self._histogram("queue_seconds", "From arrival to the first step.")
         self._prefill_s = self._histogram("prefill_seconds", "Computing a prompt.")
         self._handoff_s = self._histogram(
@@ -264,10 +265,16 @@ class WorkerMetrics(MetricsServer):
 
     def watch(self, load: Callable[[], WorkerLoad], stalled_s: Callable[[], float]) -> None:
         """Exports the engine's load at every scrape. Both are called on the scrape's thread."""
-        self.registry.register(_LoadCollector(lambda: self.role, load, stalled_s))
+        self.registry.register(
+            _LoadCollector(lambda: self.role, load, stalled_s, lambda: self._orphaned_blocks)
+        )
 
     def record_call(self, outcome: str) -> None:
         self._requests.labels(self.role.value, outcome).inc()
+
+    def set_orphaned_blocks(self, count: int) -> None:
+        """Blocks that were just found to be held and to belong to no call."""
+        self._orphaned_blocks = count
 
     def record_queue(self, seconds: float, *, hit_tokens: int) -> None:
         """A request got its blocks."""
@@ -309,10 +316,12 @@ class _LoadCollector(Collector):
         role: Callable[[], Role],
         load: Callable[[], WorkerLoad],
         stalled_s: Callable[[], float],
+        orphaned_blocks: Callable[[], int],
     ) -> None:
         self._role = role
         self._load = load
         self._stalled_s = stalled_s
+        self._orphaned_blocks = orphaned_blocks
 
     def collect(self) -> Iterator[Metric]:
         load, role = self._load(), self._role().value
@@ -335,6 +344,11 @@ class _LoadCollector(Collector):
                 "queued_prefill_tokens",
                 "Tokens whose KV is not yet computed.",
                 load.queued_prefill_tokens,
+            ),
+            (
+                "orphaned_kv_blocks",
+                "Blocks that are held and belong to no call: 0, or there is a leak.",
+                self._orphaned_blocks(),
             ),
             ("engine_stalled_seconds", "How long the current step runs.", self._stalled_s()),
         ):

@@ -101,6 +101,8 @@ def _server_options(settings: ServerSettings, *, share_port: bool) -> list[tuple
         ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 500)),
+        # A ping that gRPC sent to measure the network holds the others back, and has a timeout of its own: a minute.
+        ("grpc.http2.ping_timeout_ms", round(settings.keepalive_s * 500)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         (

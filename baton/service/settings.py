@@ -141,10 +141,12 @@ class RouterSettings(ServerSettings):
     model_name: str = ""
     """What clients call the model; workers of another are refused. Empty: what the first worker calls it."""
     port: int = 50051
-    heartbeat_s: float = 0.5
+    heartbeat_s: float = 1.0
     """How often workers are asked to report."""
-    lease_s: float = 3.0
-    """A worker that was silent for so long is out of the fleet."""
+    lease_s: float = 2.5
+    """A worker that was silent for so long is out of the fleet. It is to be found dead, and its requests to go on elsewhere, within two
+    heartbeats and a second; a report may be late by the lease less a heartbeat before a live worker is taken for dead.
+    """
     max_running: int = 256
     """Requests served at once."""
     max_queued: int = 1024

@@ -18,14 +18,14 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import grpc
 
 from baton import __version__
 from baton.engine.aio import AsyncEngine
-from baton.errors import DrainingError, PreconditionError, UnavailableError
+from baton.errors import DrainingError, InternalError, PreconditionError, UnavailableError
 from baton.service.channel import fleet_files
 from baton.service.membership import FleetAgent
 from baton.service.metrics import WorkerMetrics
@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 HEALTH_INTERVAL_S = 0.1
 TOLD_S = 1.0
 """Longest wait for the routers to be told; one that is away learns it when it is joined."""
+AUDIT_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 10.0
 
 
@@ -51,7 +52,7 @@ class _Running:
 
     info: WorkerInfo
     fleet: FleetAgent
-    health: asyncio.Task[None]
+    watches: tuple[asyncio.Task[None], ...]
 
 
 class WorkerHost:
@@ -143,8 +144,11 @@ class WorkerHost:
             undo.pop_all()
         fleet = FleetAgent(info, self.engine, self.settings)
         fleet.start()
-        health = asyncio.create_task(self._watch_health(), name="health")
-        self._running = _Running(info, fleet, health)
+        watches = (
+            asyncio.create_task(self._watch_health(), name="health"),
+            asyncio.create_task(self._watch_blocks(), name="blocks"),
+        )
+        self._running = _Running(info, fleet, watches)
         await self._publish()
         return info
 
@@ -228,8 +232,9 @@ class WorkerHost:
         running, self._running = self._running, None
         if running is None:
             return
-        running.health.cancel()
-        await asyncio.wait({running.health})
+        for watch in running.watches:
+            watch.cancel()
+        await asyncio.wait(running.watches)
         await running.fleet.stop()
         await self._server.stop(0)
         # Handlers that the server cancelled unwind through the engine, which must outlive them.
@@ -281,7 +286,14 @@ class WorkerHost:
             serving=not leaving and self._problem is None, alive=alive, idle=others
         )
         # A full pool they know from the load, and weigh: where there is no other worker, its queue is the better place to wait.
-        self._running.fleet.set_draining(draining=leaving or not alive)
+        self._running.fleet.set_standing(draining=leaving, stalled=not alive)
+
+    async def _watch_blocks(self) -> None:
+        """Apart from the health, which must not wait for a step that hangs."""
+        with suppress(InternalError):  # the engine has failed
+            while True:
+                self.metrics.set_orphaned_blocks(await self.engine.orphaned_blocks())
+                await asyncio.sleep(AUDIT_INTERVAL_S)
 
     def _describe(self, port: int, metrics_port: int) -> WorkerInfo:
         engine = self.engine.info

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/fleet.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x9a\x02\n\x0bJoinRequest\x12\x32\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x1e.baton.v1.JoinRequest.AnnounceH\x00\x12\x34\n\theartbeat\x18\x02 \x01(\x0b\x32\x1f.baton.v1.JoinRequest.HeartbeatH\x00\x1a.\n\x08\x41nnounce\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\x1ah\n\tHeartbeat\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12%\n\x06prefix\x18\x02 \x01(\x0b\x32\x15.baton.v1.PrefixDelta\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x42\x07\n\x05\x65vent\".\n\x0bPrefixDelta\x12\x0e\n\x06stored\x18\x01 \x03(\x06\x12\x0f\n\x07\x65victed\x18\x02 \x03(\x06\"\x84\x01\n\x0cJoinResponse\x12/\n\x06joined\x18\x01 \x01(\x0b\x32\x1d.baton.v1.JoinResponse.JoinedH\x00\x1a:\n\x06Joined\x12\x19\n\x11heartbeat_seconds\x18\x01 \x01(\x01\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x42\x07\n\x05\x65vent2I\n\x0c\x46leetService\x12\x39\n\x04Join\x12\x15.baton.v1.JoinRequest\x1a\x16.baton.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/fleet.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xab\x02\n\x0bJoinRequest\x12\x32\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x1e.baton.v1.JoinRequest.AnnounceH\x00\x12\x34\n\theartbeat\x18\x02 \x01(\x0b\x32\x1f.baton.v1.JoinRequest.HeartbeatH\x00\x1a.\n\x08\x41nnounce\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\x1ay\n\tHeartbeat\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\x12%\n\x06prefix\x18\x02 \x01(\x0b\x32\x15.baton.v1.PrefixDelta\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x0f\n\x07stalled\x18\x04 \x01(\x08\x42\x07\n\x05\x65vent\".\n\x0bPrefixDelta\x12\x0e\n\x06stored\x18\x01 \x03(\x06\x12\x0f\n\x07\x65victed\x18\x02 \x03(\x06\"\x84\x01\n\x0cJoinResponse\x12/\n\x06joined\x18\x01 \x01(\x0b\x32\x1d.baton.v1.JoinResponse.JoinedH\x00\x1a:\n\x06Joined\x12\x19\n\x11heartbeat_seconds\x18\x01 \x01(\x01\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x42\x07\n\x05\x65vent2I\n\x0c\x46leetService\x12\x39\n\x04Join\x12\x15.baton.v1.JoinRequest\x1a\x16.baton.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.fleet_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOINREQUEST']._serialized_start=58
-  _globals['_JOINREQUEST']._serialized_end=340
+  _globals['_JOINREQUEST']._serialized_end=357
   _globals['_JOINREQUEST_ANNOUNCE']._serialized_start=179
   _globals['_JOINREQUEST_ANNOUNCE']._serialized_end=225
   _globals['_JOINREQUEST_HEARTBEAT']._serialized_start=227
-  _globals['_JOINREQUEST_HEARTBEAT']._serialized_end=331
-  _globals['_PREFIXDELTA']._serialized_start=342
-  _globals['_PREFIXDELTA']._serialized_end=388
-  _globals['_JOINRESPONSE']._serialized_start=391
-  _globals['_JOINRESPONSE']._serialized_end=523
-  _globals['_JOINRESPONSE_JOINED']._serialized_start=456
-  _globals['_JOINRESPONSE_JOINED']._serialized_end=514
-  _globals['_FLEETSERVICE']._serialized_start=525
-  _globals['_FLEETSERVICE']._serialized_end=598
+  _globals['_JOINREQUEST_HEARTBEAT']._serialized_end=348
+  _globals['_PREFIXDELTA']._serialized_start=359
+  _globals['_PREFIXDELTA']._serialized_end=405
+  _globals['_JOINRESPONSE']._serialized_start=408
+  _globals['_JOINRESPONSE']._serialized_end=540
+  _globals['_JOINRESPONSE_JOINED']._serialized_start=473
+  _globals['_JOINRESPONSE_JOINED']._serialized_end=531
+  _globals['_FLEETSERVICE']._serialized_start=542
+  _globals['_FLEETSERVICE']._serialized_end=615
 # @@protoc_insertion_point(module_scope)

@@ -15,14 +15,16 @@ class JoinRequest(_message.Message):
         info: _common_pb2.WorkerInfo
         def __init__(self, info: _Optional[_Union[_common_pb2.WorkerInfo, _Mapping]] = ...) -> None: ...
     class Heartbeat(_message.Message):
-        __slots__ = ("load", "prefix", "draining")
+        __slots__ = ("load", "prefix", "draining", "stalled")
         LOAD_FIELD_NUMBER: _ClassVar[int]
         PREFIX_FIELD_NUMBER: _ClassVar[int]
         DRAINING_FIELD_NUMBER: _ClassVar[int]
+        STALLED_FIELD_NUMBER: _ClassVar[int]
         load: _common_pb2.WorkerLoad
         prefix: PrefixDelta
         draining: bool
-        def __init__(self, load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+        stalled: bool
+        def __init__(self, load: _Optional[_Union[_common_pb2.WorkerLoad, _Mapping]] = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., draining: _Optional[bool] = ..., stalled: _Optional[bool] = ...) -> None: ...
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     announce: JoinRequest.Announce

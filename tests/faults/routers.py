@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import MappingProxyType
-from typing import Self
+from typing import Self, TextIO
 
 from baton.engine.aio import AsyncEngine
 from baton.engine.sim import SimConfig, build_sim_engine
@@ -18,7 +19,9 @@ from baton.transfer.credits import ByteCredits
 from baton.transfer.memory import MemorySources, MemoryTransport
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
+from tests.served import until
 
+START_S = 40.0
 SIM = SimConfig(num_blocks=512, max_batch_tokens=256, step_s=0.01)
 
 
@@ -29,38 +32,52 @@ class RouterProcess:
         """`environ` is added to this process's."""
         self._environ = environ
         self.port = 0
+        self.metrics_port = 0
 
     def start(self) -> Self:
         """Returns once it serves."""
-        listen = ["--listen", f"127.0.0.1:{self.port}"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "router", *listen],
-            env={**os.environ, **self._environ},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stderr is not None
-        found = None
-        while found is None:
-            line = self._process.stderr.readline()
-            assert line, "the router ended before it served"
-            found = re.search(r"serving on port (\d+)", line)
-        self.port = int(found[1])
+        with tempfile.TemporaryFile("a+") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "router", "--listen", self.address],
+                env={**os.environ, **self._environ},
+                stderr=log,
+            )
+            until(lambda: _ports(log) is not None or not self.running, START_S, "a router serves")
+            ports = _ports(log)
+        assert ports is not None, "the router ended before it served"
+        self.port, self.metrics_port = ports
         return self
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Returns the exit code, once it has ended."""
+        return self._process.wait(40)
 
     def end(self) -> None:
         """Kills it, if it runs. Idempotent."""
         self._process.kill()
         self._process.wait(10)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+
+
+def _ports(log: TextIO) -> tuple[int, int] | None:
+    """GRPC's and the metrics', once they are told."""
+    log.seek(0)
+    found = re.search(r"serving on port (\d+), .*metrics on port (\d+)", log.read())
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 class Workers:

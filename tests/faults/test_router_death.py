@@ -8,6 +8,7 @@ import pytest
 from baton.client import AsyncClient, ConnectionOptions, SamplingOptions
 from baton.client.types import Result
 from baton.errors import AbortedError, UnavailableError
+from tests.faults.proxy import Proxy
 from tests.faults.routers import fleet
 
 pytestmark = pytest.mark.e2e
@@ -90,6 +91,31 @@ async def test_a_router_that_stops_in_order_loses_no_stream() -> None:
             assert answers(result) == answers(undisturbed)
             assert answers(await client.complete(PROMPT, sampling=sampling)) == answers(result)
         await workers.at_rest(5)
+
+
+async def test_a_router_that_is_cut_off_is_left_for_another() -> None:
+    """Promise: a network between client and router that swallows everything is found by the client's own pings, and the stream goes on
+    at another router; so it does for requests that begin meanwhile.
+    """
+    pings = ConnectionOptions(keepalive_s=0.5, keepalive_timeout_s=0.5)
+    async with fleet(environ={"BATON_MIN_CLIENT_PING_S": "0.2"}) as (routers, workers):
+        first, second = routers
+        loop = asyncio.get_running_loop()
+        for sampling in SAMPLING.values():
+            door = await Proxy(first.address).start()
+
+            def cut(door: Proxy = door) -> None:
+                loop.call_soon_threadsafe(door.cut)
+
+            addresses = f"{door.address},{second.address}"
+            async with AsyncClient(addresses, connection=pings) as client:
+                undisturbed = await client.complete(PROMPT, sampling=sampling)
+                result = await disturbed(client, sampling, 5, cut)
+                assert answers(result) == answers(undisturbed)
+                assert result.attempts[0].prefill_worker == "", "joined, not begun anew"
+                assert answers(await client.complete(PROMPT, sampling=sampling)) == answers(result)
+            await door.stop()
+        await workers.at_rest(15)
 
 
 async def test_nobody_attaches_and_the_grace_frees_everything() -> None:

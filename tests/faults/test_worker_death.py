@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-import grpc
 import pytest
 
 from baton.client import AsyncClient, Client, Result, SamplingOptions
 from baton.errors import BatonError
 from baton.types import Role, WorkerInfo
-from baton.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from tests.faults.probes import blocks_at_rest
 from tests.served import Served, served, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(240)]
@@ -93,27 +92,6 @@ async def ask_all_while_killing(
         await asyncio.sleep(after_s)
         fleet.kill(victim)
         return await asyncio.gather(*tasks)
-
-
-def blocks_at_rest(worker: WorkerInfo) -> bool:
-    """Whether a worker holds nothing for anybody."""
-    load = load_of(worker)
-    return (
-        load.running_requests == load.waiting_requests == 0
-        and load.free_blocks + load.cached_blocks == worker.num_blocks
-    )
-
-
-def load_of(worker: WorkerInfo) -> common_pb2.WorkerLoad:
-    answer: prefill_pb2.PrefillServiceGetInfoResponse | decode_pb2.DecodeServiceGetInfoResponse
-    with grpc.insecure_channel(worker.address) as channel:
-        if worker.role is Role.PREFILL:
-            prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
-            answer = prefill.GetInfo(prefill_pb2.PrefillServiceGetInfoRequest(), timeout=5)
-        else:
-            decode = decode_pb2_grpc.DecodeServiceStub(channel)
-            answer = decode.GetInfo(decode_pb2.DecodeServiceGetInfoRequest(), timeout=5)
-    return answer.load
 
 
 def assert_pools_rest(fleet: Served) -> None:

@@ -164,7 +164,7 @@ async def test_draining_is_told_at_once_not_with_the_next_heartbeat() -> None:
     async with routed(router) as server, member(FakeReporter(), server.port) as agent:
         await until(lambda: router.beats, "the first heartbeat arrives")
         assert not router.beats[-1].draining
-        agent.set_draining(draining=True)
+        agent.set_standing(draining=True)
         async with asyncio.timeout(1):
             await agent.told(1)
         await until(lambda: router.beats[-1].draining, "the router knows")
