@@ -64,7 +64,8 @@ def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # What a connection may take to come about, whatever the name says: a busy peer's handshake is not quick. A refusal ends it at once.
+        ("grpc.min_reconnect_backoff_ms", 3000),
         ("grpc.max_reconnect_backoff_ms", 1000),
         # One connection per channel: a dead one is not shared with a fresh channel.
         ("grpc.use_local_subchannel_pool", 1),
