@@ -316,7 +316,8 @@ class Attempt:
         )
         if not broken.from_worker:
             member.release_prefill(self._key)
-        await self._outlive_prefill(Failure(self._own_deadline(broken.error), member.worker_id))
+        if not self._handed:
+            await self._outlive_prefill(Failure(self._own_deadline(broken.error), member.worker_id))
 
     def _on_prefill(self, response: prefill_pb2.PrefillResponse) -> None:
         if self._over.is_set():
@@ -354,9 +355,9 @@ class Attempt:
             self._spawn(self._outlive_prefill(Failure(error, self._pair.prefill.worker_id)))
 
     async def _outlive_prefill(self, failure: Failure) -> None:
-        """Prefill's call ended, or its worker did: whether that is a failure is for decode to tell, once there is a first token."""
-        if self._handed:
-            return
+        """Prefill's call broke, or its worker was lost: whether that is a failure is for decode to tell, once there is a first token. (A
+        worker can freeze after it said that it handed the KV over, and before that has left it.)
+        """
         if self._has_first_token:
             try:
                 async with asyncio.timeout(HANDOFF_GRACE_S):

@@ -275,6 +275,7 @@ class _Prefill(prefill_pb2_grpc.PrefillServiceServicer):
             await worker.handoffs.pulled(key).wait()
             await worker.script("handed")
             await context.write(response(handed=response.Handed(kv_bytes=64)))
+            await worker.script("over")
 
     async def Release(  # noqa: N802
         self,

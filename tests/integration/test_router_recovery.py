@@ -219,6 +219,33 @@ async def test_a_worker_that_stops_without_a_word_is_given_up_with_its_lease(
         assert hit[0] not in here.members
 
 
+async def test_a_source_that_freezes_after_its_last_word_is_given_up_too() -> None:
+    """Promise: KV that prefill says it has handed over, and that never comes, costs a lease and a grace, not the handoff's timeout."""
+    async with cluster(lease_s=0.6) as here:
+        workers = await two_of_each(here)
+        frozen = script_all(workers, Role.PREFILL, "over", "freeze")
+        waiting: list[str] = []
+
+        def scripted(worker: FakeWorker) -> None:
+            async def script(stage: str) -> None:
+                if stage == "kv" and not waiting:
+                    waiting.append(worker.worker_id)
+                    await asyncio.Event().wait()
+
+            worker.script = script
+
+        for worker in workers:
+            if worker.role is Role.DECODE:
+                scripted(worker)
+        began_s = time.monotonic()
+        answer = await here.generate()
+        assert time.monotonic() - began_s < 8
+        assert waiting
+        assert frozen
+        assert answer.tokens == expected(PROMPT, 10)
+        assert answer.failures == ["UNAVAILABLE"]
+
+
 @pytest.mark.parametrize(
     ("role", "stage", "error", "blamed"),
     [
