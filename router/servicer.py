@@ -15,6 +15,7 @@ from functools import partial
 
 from baton import codec
 from baton.errors import (
+    DeadlineError,
     FieldViolation,
     InvalidRequestError,
     NotFoundError,
@@ -90,6 +91,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             facts = await self._facts()
             valid = account.request = await self._parse(request, facts, caller, account.turn)
             account.stage = "admission"
+            if time.monotonic() >= deadline_s:
+                # Not for admission to refuse: no later try with this deadline can succeed.
+                raise DeadlineError(account.stage)
             hashes = SequenceHashes(valid.prompt, valid.cache_salt)
             entry = self._table.enter(
                 valid.request_id,

@@ -30,8 +30,10 @@ def check(done: subprocess.CompletedProcess[str], questions: int) -> None:
     assert int(right[1]) >= questions - 1
     rows = [line for line in done.stdout.splitlines() if ">D" in line]
     assert len(rows) == questions
+    assert any(re.search(r"P+h", row) for row in rows), rows
     for row in rows:
-        assert re.search(r"P+h+D*", row), row
+        # A handoff shorter than a column may not be seen.
+        assert re.search(r"P+h*D*", row), row
         assert re.search(r"[KM]iB in", row), row
     assert "\x1b" not in done.stdout
     assert "stopped" in done.stderr
