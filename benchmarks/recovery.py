@@ -2,10 +2,9 @@
 
     python -m benchmarks.recovery [--rounds 20] [--out benchmarks/results/recovery.json]
 
-Every round starts the streams, strikes one process once all of them are where the fault is to hit them, and takes, of each stream
-that was hit, the time from the fault to its next message: to find the fault, to start a new attempt, and to compute what the
-peer took with it. Where nothing is lost (a worker drains, a router leaves in order), it takes the longest wait between two
-messages after the fault. Then it makes the fleet whole again.
+Every round starts the streams, strikes the process that most of them use once all are where the fault is to hit them, and takes, of
+each stream that was hit, the longest wait between two messages after the fault: to find it, to start a new attempt, and to
+compute what the peer took with it. Then it makes the fleet whole again.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from baton.client import AsyncClient, ConnectionOptions, SamplingOptions
@@ -27,6 +27,7 @@ from baton.worker.actor import RunningWorker
 from benchmarks.report import write_report
 from tests.faults.actors import ActorFleet, actor_fleet
 from tests.faults.links import Link, add_linked
+from tests.faults.probes import load_of
 from tests.faults.proxy import Proxy
 
 STREAMS = 8
@@ -45,13 +46,10 @@ class Heard:
     hit: bool = False
 
     def pause_s(self, struck_s: float) -> float:
-        """From the fault to the next message."""
-        return next(at_s for at_s in self.at_s if at_s > struck_s) - struck_s
-
-    def longest_s(self, struck_s: float) -> float:
-        """Of the waits that ended after the fault."""
-        pairs = zip(self.at_s, self.at_s[1:], strict=False)
-        return max(later - earlier for earlier, later in pairs if later > struck_s)
+        """The longest wait that ended after the fault; where there was no message before, it counts from the fault."""
+        before = [at_s for at_s in self.at_s if at_s <= struck_s]
+        times = [*(before[-1:] or [struck_s]), *self.at_s[len(before) :]]
+        return max(later - earlier for earlier, later in pairwise(times))
 
 
 class Rounds:
@@ -79,28 +77,24 @@ class Rounds:
         self, role: Role, strike: Callable[[RunningWorker], Awaitable[object]]
     ) -> list[float]:
         """Pauses of the streams that the worker had."""
-        victim = self._fleet.of(role)[0]
         messages = FIRST if role is Role.DECODE else 0
         async with AsyncClient(self._fleet.addresses) as client:
-            heard, struck_s = await self._run(client, victim, messages, lambda: strike(victim))
+            heard, struck_s = await self._run(client, role, messages, strike)
         return [each.pause_s(struck_s) for each in heard if each.hit]
 
     async def drain_round(self, role: Role) -> list[float]:
         """Longest waits of the streams that were moved."""
         await self.add(role)
-        victim = self._fleet.of(role)[0]
         async with AsyncClient(self._fleet.addresses) as client:
-            heard, struck_s = await self._run(
-                client, victim, FIRST, lambda: self._fleet.retire(victim)
-            )
-        return [each.longest_s(struck_s) for each in heard if each.hit]
+            heard, struck_s = await self._run(client, role, FIRST, self._fleet.retire)
+        return [each.pause_s(struck_s) for each in heard if each.hit]
 
     async def router_round(self, strike: Callable[[], Awaitable[object]]) -> list[float]:
         """Pauses of all streams: all use the first router."""
         first, second = self._doors
         async with AsyncClient(f"{first.address},{second.address}", connection=PINGS) as client:
-            heard, struck_s = await self._run(client, None, FIRST, strike)
-        return [each.longest_s(struck_s) for each in heard]
+            heard, struck_s = await self._run(client, Role.DECODE, FIRST, lambda _: strike())
+        return [each.pause_s(struck_s) for each in heard]
 
     async def make_whole(self, role: Role) -> None:
         """Two of that role, every worker a member everywhere, nothing held."""
@@ -113,11 +107,12 @@ class Rounds:
     async def _run(
         self,
         client: AsyncClient,
-        victim: RunningWorker | None,
+        role: Role,
         messages: int,
-        strike: Callable[[], Awaitable[object]],
+        strike: Callable[[RunningWorker], Awaitable[object]],
     ) -> tuple[list[Heard], float]:
         heard = [Heard([]) for _ in range(STREAMS)]
+        struck: asyncio.Future[RunningWorker] = asyncio.get_running_loop().create_future()
 
         async def read(number: int) -> None:
             self._serial += 1
@@ -126,7 +121,7 @@ class Rounds:
             async with client.generate(prompt, sampling=SAMPLING, timeout_s=60) as stream:
                 async for _ in stream:
                     heard[number].at_s.append(time.monotonic())
-                name = victim.info.worker_id if victim is not None else None
+                name = (await struck).info.worker_id
                 heard[number].hit = any(
                     name in (a.prefill_worker, a.decode_worker) and a.failure
                     for a in stream.result.attempts
@@ -139,9 +134,15 @@ class Rounds:
             await asyncio.sleep(0.04)
             while any(len(each.at_s) < messages for each in heard):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
+            struck.set_result(await asyncio.to_thread(busiest, self._fleet.of(role)))
             struck_s = time.monotonic()
-            await strike()
+            await strike(struck.result())
         return heard, struck_s
+
+
+def busiest(workers: list[RunningWorker]) -> RunningWorker:
+    """Now."""
+    return max(workers, key=lambda worker: load_of(worker.info).running_requests)
 
 
 @dataclass(frozen=True, slots=True)
