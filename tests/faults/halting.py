@@ -36,6 +36,8 @@ class PrefillStage(Enum):
     """The client has it; decode does not know that the KV is ready."""
     PULLING = "pulling"
     """Decode waits for the KV."""
+    PULLED = "pulled"
+    """It has told that the KV is handed over, which is still on its way."""
     HANDED = "handed"
     """Decode has the KV; only the call's end is missing."""
 
@@ -150,4 +152,7 @@ class HaltingPrefillActor(PrefillActor):
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         if mark(request.key) == PrefillStage.PULLING.value:
             await self._halts.halt(request.key)
-        return await super().kv_pull(request)
+        answer = await super().kv_pull(request)
+        if mark(request.key) == PrefillStage.PULLED.value:
+            await self._halts.halt(request.key)
+        return answer

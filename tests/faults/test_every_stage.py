@@ -68,6 +68,9 @@ async def test_prefill_killed_or_frozen_in_any_stage_changes_nothing(
             await fleet.add(Role.PREFILL)
             fleet.signal(frozen, signal.SIGSTOP)
             await fleet.joined(frozen, joined=False)
+            # Far less than any timeout of the workers' own.
+            async with asyncio.timeout(20):
+                await asyncio.wait(tasks)
         for task, (stage, kind, prompt) in zip(tasks, cases, strict=True):
             result = task.result()
             expected = await client.complete(prompt, sampling=KINDS[kind])
