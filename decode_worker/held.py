@@ -62,8 +62,29 @@ class _Reader:
     """A call that reads an attempt."""
 
     def __init__(self, write: Write) -> None:
-        self.write = write
+        self._write = write
+        self._writing: asyncio.Timeout | None = None
+        """Around the write that is under way."""
         self.replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def tell(self, event: JobEvent) -> None:
+        """Writes; raises anything where the call is over, and `TimeoutError` once it was left."""
+        try:
+            async with asyncio.timeout(None) as self._writing:
+                await self._write(event)
+        finally:
+            self._writing = None
+
+    def leave(self) -> None:
+        """Gives up the write that is under way: a router that froze would hold the attempt up for good."""
+        if self._writing is not None:
+            self._writing.reschedule(asyncio.get_running_loop().time())
+
+    def replace(self) -> None:
+        """Another call reads the attempt from now on. Idempotent."""
+        if not self.replaced.done():
+            self.replaced.set_result(None)
+        self.leave()
 
 
 class HeldAttempt:
@@ -125,11 +146,16 @@ class HeldAttempt:
                 await self._replay(reader, next_index)
                 if self._stopped is not None:
                     raise PreconditionError(f"attempt {self.job.key} was handed over")
-            self._reader = reader
+            if not reader.replaced.done():
+                self._reader = reader
             await asyncio.wait({self.task, reader.replaced}, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            if not reader.replaced.done():
+                raise
         finally:
             if not reader.replaced.done():
                 self._reader = None
+                reader.leave()
                 self._begin_grace()
         if reader.replaced.done():
             raise AbortedError(f"another router reads attempt {self.job.key}")
@@ -149,8 +175,8 @@ class HeldAttempt:
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
-        if self._latest is not None and not self._latest.replaced.done():
-            self._latest.replaced.set_result(None)
+        if self._latest is not None:
+            self._latest.replace()
         self._reader, self.holder = None, holder
         self._latest = _Reader(write)
         return self._latest
@@ -164,10 +190,10 @@ class HeldAttempt:
             chunk = TokenChunk(
                 first + at, tuple(self._token_ids[at:end]), tuple(self._logprobs[at:end])
             )
-            await reader.write(JobTokens(chunk))
+            await reader.tell(JobTokens(chunk))
             at = end
         if self._finished is not None:
-            await reader.write(self._finished)
+            await reader.tell(self._finished)
 
     def _begin_grace(self) -> None:
         if not self.task.done():
@@ -204,7 +230,7 @@ class HeldAttempt:
 
     async def _tell(self, reader: _Reader, event: JobEvent) -> None:
         try:
-            await reader.write(event)
+            await reader.tell(event)
         except Exception:  # noqa: BLE001 - gRPC raises several things for a call that is over, whose handler is told too
             if self._reader is reader:
                 self._reader = None

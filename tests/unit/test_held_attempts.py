@@ -1,0 +1,146 @@
+"""An attempt apart from its readers: who reads it, who has it, and what a reader that is stuck does to the next one."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from baton.errors import AbortedError, CancelledError, NotFoundError
+from baton.types import (
+    AttemptKey,
+    FinishReason,
+    RequestId,
+    RequestRecord,
+    SamplingParams,
+    Sequence,
+    TokenChunk,
+)
+from decode_worker.decoder import DecodeJob, JobEvent, JobFinished, JobReserved, JobTokens
+from decode_worker.held import HeldAttempts, Terms
+
+KEY = AttemptKey(RequestId("r/1"))
+JOB = DecodeJob(
+    key=KEY,
+    sequence=Sequence((1, 2, 3), (), SamplingParams(max_tokens=100)),
+    source=None,
+    digest="d",
+    timeout_s=60.0,
+)
+
+
+def terms(grace_s: float = 10.0) -> Terms:
+    return Terms(record=RequestRecord(request_id="r", deadline_unix_s=0.0), grace_s=grace_s)
+
+
+class Script:
+    """The events of a job, one for each `step`."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._steps: asyncio.Queue[None] = asyncio.Queue()
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self._steps.put_nowait(None)
+
+    async def events(self) -> AsyncGenerator[JobEvent, None]:
+        yield JobReserved(0.0, 0)
+        for index in range(self._tokens):
+            await self._steps.get()
+            yield JobTokens(TokenChunk(index, (index,)))
+        yield JobFinished(FinishReason.LENGTH, 0)
+
+
+class Ear:
+    """A reader that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finished = False
+        self.heard = asyncio.Event()
+
+    async def write(self, event: JobEvent) -> None:
+        if isinstance(event, JobTokens):
+            self.tokens += event.chunk.token_ids
+        self.finished |= isinstance(event, JobFinished)
+        self.heard.set()
+
+
+@pytest.mark.parametrize("from_index", [None, 0], ids=["in the attempt's task", "catching up"])
+async def test_a_reader_that_is_stuck_does_not_hold_up_the_next_one(
+    from_index: int | None,
+) -> None:
+    """Promise: a router that froze, with its flow-control window full, costs the router that attaches nothing."""
+    attempts, script, stuck, ear = HeldAttempts(), Script(5), asyncio.Event(), Ear()
+
+    async def freeze(event: JobEvent) -> None:
+        if isinstance(event, JobTokens):
+            stuck.set()
+            await asyncio.Event().wait()
+
+    attempt = attempts.start(JOB, terms(), script.events())
+    if from_index is not None:
+        script.step(3)
+    first = asyncio.create_task(attempt.read(freeze, "one", from_index))
+    if from_index is None:
+        await asyncio.sleep(0)
+        script.step(3)
+    await stuck.wait()
+    second = asyncio.create_task(attempt.read(ear.write, "two", 0))
+    script.step(2)
+    async with asyncio.timeout(5):
+        await second
+        with pytest.raises(AbortedError):
+            await first
+    assert ear.tokens == [0, 1, 2, 3, 4]
+    assert ear.finished
+    await attempts.close()
+
+
+async def test_an_unread_attempt_goes_on_and_is_read_again_from_anywhere() -> None:
+    attempts, script, ear = HeldAttempts(), Script(4), Ear()
+    attempt = attempts.start(JOB, terms(), script.events())
+    reading = asyncio.create_task(attempt.read(ear.write, "one", 0))
+    script.step(2)
+    while len(ear.tokens) < 2:
+        ear.heard.clear()
+        await ear.heard.wait()
+    reading.cancel()
+    await asyncio.wait({reading})
+    script.step(2)
+    await asyncio.wait({attempt.task}, timeout=5)
+    (found,) = attempts.find("r", "")
+    assert (found.end_index, found.failed) == (4, False)
+    late = Ear()
+    await found.read(late.write, "two", 1)
+    assert (late.tokens, late.finished) == ([1, 2, 3], True)
+    await attempts.close()
+
+
+async def test_only_the_holder_releases_and_what_is_released_cannot_begin() -> None:
+    attempts, script = HeldAttempts(), Script(1)
+    attempt = attempts.start(JOB, terms(), script.events())
+    reading = asyncio.create_task(attempt.read(Ear().write, "one", 0))
+    await asyncio.sleep(0)
+    assert not await attempts.release(KEY, "another")
+    assert await attempts.release(KEY, "one")
+    with pytest.raises(CancelledError):
+        await reading
+    with pytest.raises(NotFoundError):
+        attempts.get(KEY)
+    assert not await attempts.release(KEY, "one")
+    with pytest.raises(CancelledError):
+        attempts.start(JOB, terms(), script.events())
+
+
+async def test_nobody_comes_and_the_grace_ends_it() -> None:
+    attempts, script = HeldAttempts(), Script(1)
+    attempt = attempts.start(JOB, terms(grace_s=0.05), script.events())
+    reading = asyncio.create_task(attempt.read(Ear().write, "one", 0))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait({attempt.task}, timeout=5)
+    assert attempt.task.cancelled()
+    async with asyncio.timeout(5):
+        while attempts.find("r", ""):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
