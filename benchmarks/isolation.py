@@ -140,6 +140,13 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def profile_ms(gaps_s: list[float]) -> dict[str, list[float]]:
+    """Two hundred quantiles of a round's gaps, the least first, and the hundred longest."""
+    ordered = [round(1e3 * gap_s, 3) for gap_s in sorted(gaps_s)]
+    quantiles = [ordered[len(ordered) * i // 200] for i in range(200)]
+    return {"quantiles": quantiles, "longest": ordered[-100:]}
+
+
 def goodput(rounds: list[Round], args: argparse.Namespace) -> float:
     """Tokens a second of running streams that came within the limit."""
     seconds: float = len(rounds) * args.seconds
@@ -158,6 +165,8 @@ def summary_of(calm: list[Round], busy: list[Round], args: argparse.Namespace) -
         "calm_itl_p99_ms": itl_ms(calm, 0.99),
         "busy_itl_p50_ms": itl_ms(busy, 0.5),
         "busy_itl_p99_ms": itl_ms(busy, 0.99),
+        "calm_itl_p999_ms": itl_ms(calm, 0.999),
+        "busy_itl_p999_ms": itl_ms(busy, 0.999),
         "p99_ratio": itl_ms(busy, 0.99) / itl_ms(calm, 0.99),
         "goodput_tokens_per_s": goodput(busy, args),
         "prompt_ttft_p50_ms": 1e3 * statistics.median(ttft_s),
@@ -198,8 +207,8 @@ def main() -> None:
         settings={k: v for k, v in vars(args).items() if k != "out"},
         raw={
             name: {
-                "calm_itl_ms": [[round(1e3 * g, 3) for g in each.gaps_s] for each in calm[name]],
-                "busy_itl_ms": [[round(1e3 * g, 3) for g in each.gaps_s] for each in busy[name]],
+                "calm_itl_ms": [profile_ms(each.gaps_s) for each in calm[name]],
+                "busy_itl_ms": [profile_ms(each.gaps_s) for each in busy[name]],
                 "prompt_ttft_s": [[round(t, 4) for t in each.ttft_s] for each in busy[name]],
             }
             for name in SYSTEMS
