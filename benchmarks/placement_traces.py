@@ -1,4 +1,4 @@
-"""Synthetic traces with the published shapes of Mooncake's (FAST '25): means of prompt and output, and how prompts share prefixes.
+"""Synthetic traces with the published mean lengths of Mooncake's (FAST '25). How prompts share prefixes, and how much, is chosen here.
 
     conversation   about 12,000 tokens in, 340 out; each turn repeats its session's turns before it, then adds a message
     agent          about 8,600 tokens in, 180 out; prompts begin with one of a few tool descriptions, then work step by step

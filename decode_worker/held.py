@@ -138,8 +138,12 @@ class HeldAttempt:
 
     async def read(self, write: Write, holder: str, next_index: int | None) -> None:
         """Writes the attempt's events until its end: from now on, or with the tokens from `next_index` on. Raises what the attempt
-        failed with, and `AbortedError` once another reads it.
+        failed with, `AbortedError` once another reads it, and `PreconditionError` where it does not know the tokens at `next_index`.
         """
+        first = len(self.job.sequence.generated)
+        if next_index is not None and not first <= next_index <= self.end_index:
+            told = f"attempt {self.job.key} knows tokens [{first}, {self.end_index})"
+            raise PreconditionError(f"{told}, not those from {next_index} on")
         reader = self._take_over(write, holder)
         try:
             if next_index is not None:

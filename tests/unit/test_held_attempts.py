@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
-from baton.errors import AbortedError, CancelledError, NotFoundError
+from baton.errors import AbortedError, CancelledError, NotFoundError, PreconditionError
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -115,6 +116,29 @@ async def test_an_unread_attempt_goes_on_and_is_read_again_from_anywhere() -> No
     await found.read(late.write, "two", 1)
     assert (late.tokens, late.finished) == ([1, 2, 3], True)
     await attempts.close()
+
+
+@pytest.mark.parametrize("next_index", [1, 5])
+async def test_tokens_that_it_does_not_know_are_refused_and_disturb_no_reader(
+    next_index: int,
+) -> None:
+    """An attempt that went on after two tokens knows neither those nor tokens to come."""
+    attempts, ear = HeldAttempts(), Ear()
+
+    async def events() -> AsyncGenerator[JobEvent, None]:
+        yield JobTokens(TokenChunk(2, (2, 3)))
+        await asyncio.Event().wait()
+
+    job = replace(JOB, sequence=replace(JOB.sequence, generated=(0, 1)))
+    attempt = attempts.start(job, terms(), events())
+    reading = asyncio.create_task(attempt.read(ear.write, "one", 2))
+    await asyncio.wait_for(ear.heard.wait(), 5)
+    with pytest.raises(PreconditionError):
+        await attempt.read(Ear().write, "two", next_index)
+    assert (attempt.holder, ear.tokens) == ("one", [2, 3])
+    assert not reading.done()
+    await attempts.close()
+    await asyncio.gather(reading, return_exceptions=True)
 
 
 async def test_only_the_holder_releases_and_what_is_released_cannot_begin() -> None:
