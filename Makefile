@@ -19,7 +19,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest redis-server clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,14 +85,16 @@ protos-check: $(VENV)/.dev
 	diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/baton/v1" baton/v1 \
 		|| { echo "baton/v1 differs from protos/: run 'make protos'"; exit 1; }
 
-pytest: $(VENV)/.dev redis-server
+pytest: $(VENV)/.dev system-packages
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
 
-# Tests start a Redis of their own. Where it can be neither found nor installed, they say what to do.
-redis-server:
-	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-		&& echo "== installing redis-server" && { apt-get update && apt-get install -y --no-install-recommends redis-server; } >/dev/null; } || true
+# Servers that tests start, as command:package. A test that can neither find nor install its server says what to do.
+SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium
+system-packages:
+	@missing=; for entry in $(SYSTEM); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null || true; fi
 
 # $(1): where to put baton/v1. A file without services has no use for its empty gRPC module.
 define generate
@@ -119,5 +121,5 @@ $(VENV)/.worker: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.worker
 	@echo "== installing the development tools"
-	@$(PIP) install -q -e '.[worker]' --group dev
+	@$(PIP) install -q -e '.[worker,otel]' --group dev
 	@touch $@

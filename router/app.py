@@ -21,6 +21,7 @@ from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
 from router.admission import Admission
 from router.autoscaler import Autoscaler
 from router.fleet import Fleet, FleetServicer
+from router.inference import Inference
 from router.model import ServedModel
 from router.placement import Policy
 from router.policies import policy_of
@@ -99,8 +100,16 @@ class RouterApp:
         sessions = self._sessions = SessionManager(
             store, self._settings, SessionMetrics(self.metrics.registry)
         )
+        inference = Inference(
+            self.model,
+            self.fleet,
+            self.table,
+            sessions,
+            settings=self._settings,
+            metrics=self.metrics,
+        )
         fleet = FleetServicer(self.fleet, self.model, self._settings)
-        self._ports.register_for_clients(partial(self._add_client_services, sessions))
+        self._ports.register_for_clients(partial(self._add_client_services, inference, sessions))
         self._ports.register_for_fleet(
             lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         )
@@ -146,18 +155,16 @@ class RouterApp:
         self.metrics.close()
 
     def _add_client_services(
-        self, sessions: SessionManager, server: grpc.aio.Server, access: Access
+        self,
+        inference: Inference,
+        sessions: SessionManager,
+        server: grpc.aio.Server,
+        access: Access,
     ) -> None:
-        inference = InferenceServicer(
-            self.model,
-            self.fleet,
-            self.table,
-            sessions,
-            access=access,
-            settings=self._settings,
-            metrics=self.metrics,
+        servicer = InferenceServicer(
+            inference, access=access, write_stall_s=self._settings.write_stall_s
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         session = SessionServicer(sessions, self.model, access=access)
         session_pb2_grpc.add_SessionServiceServicer_to_server(session, server)
 

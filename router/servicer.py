@@ -1,146 +1,46 @@
-"""InferenceService: what clients call. Validation, admission, the stream to the client, and the account at the end.
+"""InferenceService: the gRPC front of `router.inference`.
 
-Runs on the router's event loop. A Generate call is the lease on everything that its request holds: however it ends (completed,
-failed, cancelled by id, the client gone, its deadline passed, a client that does not read), its attempt's calls are
-cancelled, which frees the workers. Errors become statuses in `baton.service.interceptors`.
+Runs on the router's event loop. Errors become statuses in `baton.service.interceptors`.
 """
 
-import asyncio
-import math
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from functools import partial
-
-from baton import codec
-from baton.errors import (
-    DeadlineError,
-    FieldViolation,
-    InvalidRequestError,
-    NotFoundError,
-    UnavailableError,
-)
-from baton.kv.prefix import SequenceHashes
-from baton.lifecycle import Event, Timeline
-from baton.service.access import Access, Caller
-from baton.service.calls import Context, time_left_s
-from baton.service.metrics import RouterMetrics
-from baton.service.settings import RouterSettings
+from baton.service.access import Access, caller_of
+from baton.service.calls import Context
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
-from router.account import Account
-from router.answer import NOTHING, Answer, Resumption
-from router.attach import HeldAttempt, find_held
-from router.chat import ChatTurn
 from router.client_stream import ClientStream
-from router.fleet import Fleet
-from router.model import ServedModel
-from router.output import Piece
-from router.requests import RequestTable
-from router.resume import resume
-from router.sessions.manager import SessionManager
-from router.sessions.turn import Turn, TurnResult
-from router.tenants import Demand
-from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
-
-MIN_REST_S = 0.005
-"""Shorter rests would join little, and cost a timer."""
-MAX_REST_S = 0.1
-"""Tokens that wait longer would be seen to come in jerks."""
-INLINE_BYTES = 8192
-"""Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
+from router.inference import Inference
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """See the module docstring."""
 
-    def __init__(
-        self,
-        model: ServedModel,
-        fleet: Fleet,
-        table: RequestTable,
-        sessions: SessionManager,
-        *,
-        access: Access,
-        settings: RouterSettings,
-        metrics: RouterMetrics,
-    ) -> None:
+    def __init__(self, inference: Inference, *, access: Access, write_stall_s: float) -> None:
+        self._inference = inference
         self._access = access
-        self._model = model
-        self._fleet = fleet
-        self._table = table
-        self._sessions = sessions
-        self._settings = settings
-        self._metrics = metrics
-        self._since_s = time.monotonic()
+        self._write_stall_s = write_stall_s
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        """Writes one Accepted, Chunks, and one Finished."""
-        now_s = time.monotonic()
-        deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
-        account = Account(Timeline(received_s=now_s))
-        stream = ClientStream(context, self._settings.write_stall_s)
-        caller = self._access.caller_of(context)
-        session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)
-        async with (
-            account.counted(self._metrics),
-            session as account.turn,
-            account.bounded(deadline_s),
-        ):
-            facts = await self._facts()
-            valid = account.request = await self._parse(request, facts, caller, account.turn)
-            account.stage = "admission"
-            if time.monotonic() >= deadline_s:
-                # Not for admission to refuse: no later try with this deadline can succeed.
-                raise DeadlineError(account.stage)
-            hashes = SequenceHashes(valid.prompt, valid.cache_salt)
-            entry = self._table.enter(
-                valid.request_id,
-                self._demand(valid, account.timeline, deadline_s),
-                predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
-                completion_tokens=lambda: account.completion_tokens,
-            )
-            async with entry:
-                await self._answer(facts, account, stream, hashes, deadline_s=deadline_s)
+        await self._inference.generate(
+            request,
+            caller_of(self._access, context),
+            ClientStream(context, self._write_stall_s),
+            timeout_s=context.time_remaining(),
+        )
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # noqa: N802
-        """Writes one Accepted, the Chunks that the client lacks, and one Finished."""
-        now_s = time.monotonic()
-        deadline_s = now_s + time_left_s(context, self._settings.default_timeout_s)
-        account = Account(Timeline(received_s=now_s))
-        stream = ClientStream(context, self._settings.write_stall_s)
-        async with account.counted(self._metrics), account.bounded(deadline_s):
-            tenant = self._access.caller_of(context).tenant
-            facts = await self._facts()
-            account.stage = "attach"
-            valid, resumption = resume(request, await self._find(request.request_id, tenant))
-            account.request = valid
-            deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-            self._table.replace(valid.request_id, tenant)
-            # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
-            entry = self._table.enter(
-                valid.request_id,
-                Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
-                predicted_ttft_s=lambda: None,
-                completion_tokens=lambda: account.completion_tokens,
-            )
-            async with self._session_of(valid) as account.turn, account.bounded(deadline_s), entry:
-                await self._answer(
-                    facts,
-                    account,
-                    stream,
-                    SequenceHashes(valid.prompt, valid.cache_salt),
-                    deadline_s=deadline_s,
-                    resumption=resumption,
-                )
+        await self._inference.attach(
+            request,
+            caller_of(self._access, context),
+            ClientStream(context, self._write_stall_s),
+            timeout_s=context.time_remaining(),
+        )
 
     async def Cancel(  # noqa: N802
         self,
         request: pb.CancelRequest,
         context: Context,
     ) -> pb.CancelResponse:
-        self._table.cancel(request.request_id, self._access.caller_of(context).tenant)
+        self._inference.cancel(request.request_id, caller_of(self._access, context))
         return pb.CancelResponse()
 
     async def GetModel(  # noqa: N802
@@ -148,173 +48,4 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request: pb.GetModelRequest,
         context: Context,
     ) -> pb.GetModelResponse:
-        name, latest = self._model.name, self._model.latest
-        if request.model and request.model != name:
-            raise NotFoundError("model", request.model)
-        response = pb.GetModelResponse(
-            model=name,
-            has_chat_template=self._model.tokenizer.has_chat_template,
-        )
-        if self._access.caller_of(context).is_admin:
-            infos = self._fleet.registry.infos()
-            response.workers.extend(codec.worker_info_to_proto(info) for info in infos)
-        if latest is not None:
-            response.fingerprint = latest.spec.model_fingerprint
-            response.dtype = latest.spec.dtype.value
-            response.vocab_size = latest.vocab_size
-            response.max_context_tokens = latest.max_context_tokens
-            response.eos_token_ids.extend(latest.eos_token_ids)
-        return response
-
-    async def _facts(self) -> ModelFacts:
-        """Waits, within limits, for the first worker: only workers know the model's limits."""
-        end_s = time.monotonic() + self._settings.worker_wait_s
-        while (facts := self._model.facts) is None:
-            if not await self._fleet.wait_for_change(end_s - time.monotonic()):
-                raise UnavailableError("no worker has joined")
-        return facts
-
-    async def _parse(
-        self, request: pb.GenerateRequest, facts: ModelFacts, caller: Caller, turn: Turn | None
-    ) -> ValidRequest:
-        history = NO_HISTORY if turn is None else turn.history
-        tokenizer = self._model.tokenizer
-        parse = partial(parse_generate, request, facts, tokenizer, caller=caller, history=history)
-        # A conversation may have to be tokenized anew.
-        inline = request.ByteSize() + 4 * len(history.tokens) <= INLINE_BYTES
-        valid = parse() if inline else await asyncio.to_thread(parse)
-        if turn is None:
-            return valid
-        if valid.sampling.n > 1:
-            problem = "must be 1 in a session, which goes on with one answer"
-            raise InvalidRequestError(FieldViolation("sampling.n", problem))
-        turn.messages = chat_turns(request.chat)
-        unreported_s = 2 * self._settings.heartbeat_s
-        resident = turn.resident(valid.prompt, valid.cache_salt, unreported_s)
-        return replace(valid, resident=resident, turn=turn.record())
-
-    @asynccontextmanager
-    async def _session_of(self, valid: ValidRequest) -> AsyncIterator[Turn | None]:
-        """Goes on with the session's turn that a request is which another router began."""
-        record = valid.turn
-        if record is None:
-            yield None
-            return
-        async with self._sessions.turn(
-            valid.tenant, record.session_id, model=self._model.name, lease_id=record.lease_id
-        ) as turn:
-            assert turn is not None
-            turn.messages = [ChatTurn(role, content) for role, content in record.said]
-            yield turn
-
-    def _demand(self, valid: ValidRequest, timeline: Timeline, deadline_s: float) -> Demand:
-        slo_s = valid.ttft_slo_s or self._settings.default_ttft_slo_s or math.inf
-        late_at_s = min(deadline_s, timeline.received_s + slo_s)
-        return Demand(
-            tenant=valid.tenant,
-            prompt_tokens=len(valid.prompt),
-            max_tokens=valid.sampling.max_tokens * valid.sampling.n,
-            priority=valid.priority,
-            ttft_budget_s=max(0.0, late_at_s - time.monotonic()),
-        )
-
-    async def _find(self, request_id: str, tenant: str) -> dict[int, HeldAttempt]:
-        """What workers hold of a tenant's request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
-        end_s = self._since_s + self._settings.worker_wait_s
-        while True:
-            members = self._fleet.decode_members()
-            if held := await find_held(members, request_id, tenant):
-                return held
-            if not await self._fleet.wait_for_change(end_s - time.monotonic()):
-                raise NotFoundError("request", request_id)
-
-    async def _answer(
-        self,
-        facts: ModelFacts,
-        account: Account,
-        stream: ClientStream,
-        hashes: SequenceHashes,
-        *,
-        deadline_s: float,
-        resumption: Resumption = NOTHING,
-    ) -> None:
-        valid = account.request
-        assert valid is not None
-        if account.turn is not None:
-            account.turn.outlives = True
-        account.timeline.record(Event.ADMITTED, time.monotonic())
-        await stream.write(_accepted(valid, facts))
-        answer = account.answer = Answer(
-            valid,
-            facts,
-            self._model.tokenizer,
-            fleet=self._fleet,
-            settings=self._settings,
-            metrics=self._metrics,
-            timeline=account.timeline,
-            deadline_s=deadline_s,
-            resumption=resumption,
-            hashes=hashes,
-        )
-        async with answer.running() as outputs:
-            rest_s = 0.0
-            while (piece := await outputs.take(rest_s)) is not None:
-                await stream.write(_chunk(piece))
-                self._wrote(piece, account.timeline)
-                rest_s = self._rest_s()
-        account.timeline.record(Event.FINISHED, time.monotonic())
-        if account.turn is not None:
-            # Before the client is told: it may begin its next turn at once.
-            await account.turn.finish(self._turn_result(facts, account))
-        await stream.write(account.finished())
-
-    def _turn_result(self, facts: ModelFacts, account: Account) -> TurnResult:
-        """Precondition: the output is complete."""
-        answer, valid = account.answer, account.request
-        assert answer is not None
-        assert valid is not None
-        output, report = answer.outputs[0], answer.generations[0].reports[-1]
-        end = output.stop_token_id
-        special = end is not None and self._model.tokenizer.special_text(end)
-        return TurnResult(
-            model=facts.model,
-            prompt=valid.prompt,
-            output=output.generated,
-            answer=output.said,
-            exact=output.stop is None and (end is None or bool(special)),
-            cached_tokens=account.cached_tokens,
-            cache_salt=valid.cache_salt,
-            prefill_worker=report.prefill_worker,
-            decode_worker=report.decode_worker,
-        )
-
-    def _rest_s(self) -> float:
-        """How long a stream that was written to rests, so that all of them together make no more messages than the settings say."""
-        rest_s = len(self._table) / self._settings.client_messages_per_s
-        return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
-
-    def _wrote(self, piece: Piece, timeline: Timeline) -> None:
-        if piece.tokens is None:
-            return
-        now_s = time.monotonic()
-        last_s = timeline.at_s(Event.LAST_TOKEN)
-        if last_s is not None:
-            self._metrics.record_token_gap(now_s - timeline.received_s - last_s)
-        timeline.record(Event.FIRST_TOKEN, now_s)
-        timeline.record(Event.LAST_TOKEN, now_s)
-
-
-def _accepted(valid: ValidRequest, facts: ModelFacts) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        accepted=pb.Accepted(
-            request_id=valid.request_id,
-            model=facts.model,
-            prompt_tokens=len(valid.prompt),
-            seed=valid.sampling.seed,
-        )
-    )
-
-
-def _chunk(piece: Piece) -> pb.GenerateResponse:
-    tokens = None if piece.tokens is None else codec.chunk_to_proto(piece.tokens)
-    return pb.GenerateResponse(chunk=pb.Chunk(text=piece.text, tokens=tokens, choice=piece.choice))
+        return self._inference.describe(request.model, caller_of(self._access, context))

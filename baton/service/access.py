@@ -1,7 +1,8 @@
 """Who calls: the one place where an API key becomes a `Caller`.
 
 `GrpcServer` asks `check` before any handler runs, so that a service which nobody thought of is closed, and servicers ask `caller_of`
-for the tenant in whose name they act. Health and reflection are open. Used on the server's event loop.
+for the tenant in whose name they act; other protocols hand `Access.find` the same header. Health and reflection are open. Used on the
+server's event loop.
 """
 
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ LOCAL = Caller(is_admin=True)
 class Access(Protocol):
     """Tells callers apart."""
 
-    def caller_of(self, context: Context) -> Caller:
-        """Raises `UnauthenticatedError`."""
+    def find(self, authorization: str | None) -> Caller:
+        """By the value of the call's `authorization` header. Raises `UnauthenticatedError`."""
         ...
 
     def limits_of(self, tenant: str) -> TenantLimits:
@@ -58,7 +59,7 @@ class OpenAccess:
     def __init__(self, caller: Caller = LOCAL) -> None:
         self._caller = caller
 
-    def caller_of(self, context: Context) -> Caller:  # noqa: ARG002
+    def find(self, authorization: str | None) -> Caller:  # noqa: ARG002
         return self._caller
 
     def limits_of(self, tenant: str) -> TenantLimits:  # noqa: ARG002
@@ -75,9 +76,9 @@ class KeyAccess:
         self._ring = self._keys.value
         """Of the last call."""
 
-    def caller_of(self, context: Context) -> Caller:
+    def find(self, authorization: str | None) -> Caller:
         ring = self._ring = self._keys.value
-        key = ring.find(_presented(context))
+        key = ring.find(_presented(authorization))
         if key is None:
             raise UnauthenticatedError("the API key is not valid")
         return Caller(
@@ -95,15 +96,18 @@ class KeyAccess:
 def check(access: Access, method: str, context: Context) -> None:
     """Raises `UnauthenticatedError` where a call of this method needs a key and has none that is valid."""
     if not method.startswith(OPEN_SERVICES):
-        access.caller_of(context)
+        caller_of(access, context)
 
 
-def _presented(context: Context) -> str:
+def caller_of(access: Access, context: Context) -> Caller:
+    """Who makes a gRPC call. Raises `UnauthenticatedError`."""
     metadata: Any = context.invocation_metadata() or ()
-    given = [value for key, value in metadata if key == HEADER]
-    if len(given) != 1:
-        raise UnauthenticatedError(f"an API key is needed, as `{HEADER}: Bearer KEY`")
-    scheme, _, key = str(given[0]).partition(" ")
+    given = [str(value) for key, value in metadata if key == HEADER]
+    return access.find(given[0] if len(given) == 1 else None)
+
+
+def _presented(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != SCHEME:
         raise UnauthenticatedError(f"an API key is needed, as `{HEADER}: Bearer KEY`")
     return key.strip()

@@ -3,7 +3,7 @@ statuses in `baton.service.interceptors`.
 """
 
 from baton.errors import FieldViolation, InvalidRequestError
-from baton.service.access import Access
+from baton.service.access import Access, caller_of
 from baton.service.calls import Context
 from baton.v1 import inference_pb2, session_pb2_grpc
 from baton.v1 import session_pb2 as pb
@@ -80,7 +80,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         return pb.SessionServiceCloseResponse(session=self._told(session))
 
     def _tenant(self, context: Context) -> str:
-        return self._access.caller_of(context).tenant
+        return caller_of(self._access, context).tenant
 
     def _told(self, session: Session) -> pb.Session:
         generating = self._sessions.is_generating(session)
