@@ -72,6 +72,7 @@ def _settings(arguments: list[str]) -> RouterSettings:
     parser.add_argument("--model", help="checkpoint directory or hub id of the tokenizer")
     parser.add_argument("--model-name", help="what clients call the model")
     parser.add_argument("--listen", help="host:port; port 0 takes a free one")
+    parser.add_argument("--http", help="host:port of the OpenAI API; none unless given")
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument(
         "--placement",
@@ -94,6 +95,7 @@ def _settings(arguments: list[str]) -> RouterSettings:
         host=host or None,
         port=port,
         metrics_port=given.metrics_port,
+        http_listen=given.http,
         drain_grace_s=given.drain_grace,
         placement=given.placement,
     )

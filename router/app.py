@@ -21,11 +21,13 @@ from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
 from router.admission import Admission
 from router.autoscaler import Autoscaler
 from router.fleet import Fleet, FleetServicer
+from router.http.front import HttpFront
+from router.http.health import health_routes
 from router.inference import Inference
 from router.model import ServedModel
 from router.placement import Policy
 from router.policies import policy_of
-from router.ports import Ports
+from router.ports import Ports, client_tls
 from router.requests import RequestTable
 from router.servicer import InferenceServicer
 from router.sessions.location import open_store
@@ -71,6 +73,11 @@ class RouterApp:
             client_services=[INFERENCE_SERVICE, SESSION_SERVICE],
             fleet_service=FLEET_SERVICE,
         )
+        self.http: HttpFront | None = None
+        """Where the settings ask for one."""
+        if settings.http_listen:
+            self.http = HttpFront(settings, self._ports.access, tls=client_tls(settings))
+            self.http.add(health_routes(self.http, self.fleet, self.metrics), needs_key=False)
         admission = Admission(
             max_running=settings.max_running,
             max_queued=settings.max_queued,
@@ -116,7 +123,10 @@ class RouterApp:
         try:
             self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)
             await self._ports.start()
+            if self.http is not None:
+                await self.http.start()
         except BatonError:
+            await self._ports.stop()
             await sessions.close()
             self.metrics.close()
             raise
@@ -127,12 +137,16 @@ class RouterApp:
             self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
         ports = (self.port, self.fleet_port, self.metrics_port)
         _log.info("serving on port %d, workers join on port %d, metrics on port %d", *ports)
+        if self.http is not None:
+            _log.info("serving HTTP on port %d", self.http.port)
         return self.port
 
     async def drain(self, grace_s: float) -> bool:
         """Returns whether every request has ended by itself within the grace. Idempotent."""
         self.table.refuse_new()
         await self._ports.set_serving(serving=False)
+        if self.http is not None:
+            self.http.drain()
         idle = await self.table.idle(grace_s)
         if not idle:
             _log.warning("%d requests still run after the drain's %.0f s", len(self.table), grace_s)
@@ -148,6 +162,8 @@ class RouterApp:
         self.table.abort_all(DrainingError("the router stopped"))
         if not await self.table.idle(ABORT_TIMEOUT_S):
             _log.error("stopping: %d requests did not end", len(self.table))
+        if self.http is not None:
+            await self.http.stop()
         await self._ports.stop()
         await self.fleet.close()
         if self._sessions is not None:

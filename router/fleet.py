@@ -165,6 +165,11 @@ class Fleet:
         placement = self._policy.place(self._view(hashes, resident), request)
         return placement.predicted_ttft_s if isinstance(placement, Placement) else None
 
+    def can_place(self) -> bool:
+        """Whether a short request would find its workers now."""
+        view = self.registry.view({}, time.monotonic())
+        return isinstance(self._policy.place(view, PlaceRequest(num_tokens=1)), Placement)
+
     @contextmanager
     def hold(self, placement: Placement, num_tokens: int, *, moves: bool = False) -> Iterator[Held]:
         """Puts an attempt's load on its workers for as long as the context lasts. Precondition: placed just now. One that `moves` has its

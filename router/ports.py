@@ -29,7 +29,7 @@ class Ports:
         """Services by their full names. Raises `InvalidRequestError` where the settings contradict each other or a file is unusable."""
         within = _fleet_settings(settings)
         self.access = _client_access(settings)
-        tls, names = _client_tls(settings), [*client_services]
+        tls, names = client_tls(settings), [*client_services]
         self._clients = GrpcServer(
             settings,
             names if within is not None else [*names, fleet_service],
@@ -108,7 +108,8 @@ def _client_access(settings: RouterSettings) -> Access:
     return KeyAccess(settings.api_keys_file, private_caches=settings.private_caches)
 
 
-def _client_tls(settings: RouterSettings) -> TlsFiles | None:
+def client_tls(settings: RouterSettings) -> TlsFiles | None:
+    """The certificates of the clients' ports, if they have any. Raises `InvalidRequestError`."""
     files = TlsFiles(
         cert=settings.tls_cert_file, key=settings.tls_key_file, ca=settings.tls_client_ca_file
     )

@@ -127,6 +127,8 @@ class Announcer:
             "router",
             f"{config.address}  [dim]metrics http://{_host(config)}:{config.metrics_port}/metrics[/]",
         )
+        if config.http:
+            grid.add_row("OpenAI API", f"http://{config.http}/v1")
         for worker in workers:
             grid.add_row(worker.role.value, _describe(worker))
         grid.add_row(
@@ -138,7 +140,8 @@ class Announcer:
         """The line that scripts wait for."""
         elapsed_s = self._clock() - self._began_s
         if self._json:
-            self._write_json("ready", address=config.address, seconds=round(elapsed_s, 3))
+            seconds = round(elapsed_s, 3)
+            self._write_json("ready", address=config.address, http=config.http, seconds=seconds)
         else:
             self._console.print(
                 f"\n[bold green]ready[/] in {elapsed_s:.1f} s. Ask: [bold]baton chat --address {config.address}[/]; "

@@ -10,7 +10,7 @@ from pathlib import Path
 import baton
 from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
-from baton.errors import UnavailableError
+from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy, WorkerSettings
 from baton.types import Role
 
@@ -43,6 +43,8 @@ class ServeConfig:
     port: int = 50051
     metrics_port: int = 9464
     """The router's; workers take free ports."""
+    http: str = ""
+    """host:port of the router's OpenAI API; empty: none."""
     fleet_port: int = 0
     """Where workers join the router, on the loopback, so that nobody else can; 0 takes a free one."""
     object_store_bytes: int | None = None
@@ -97,18 +99,27 @@ def shipped_model() -> Path:
 
 def with_ports(config: ServeConfig) -> ServeConfig:
     """Replaces port 0 by free ones, so that a restarted router comes back at its old address. Raises `UnavailableError` where a port is
-    taken.
+    taken, `InvalidRequestError` where the HTTP address is none.
     """
     with ExitStack() as held:
         ports = [_bind(config.host, port, held) for port in (config.port, config.metrics_port)]
         fleet_port = _bind(LOOPBACK, config.fleet_port, held)
+        http = _bound(config.http, held) if config.http else ""
     return replace(
         config,
         port=ports[0],
         metrics_port=ports[1],
         fleet_port=fleet_port,
+        http=http,
         drawn_port=not config.port,
     )
+
+
+def _bound(listen: str, held: ExitStack) -> str:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidRequestError(FieldViolation("--http", "must be HOST:PORT"))
+    return f"{host}:{_bind(host, int(port), held)}"
 
 
 def _bind(host: str, port: int, held: ExitStack) -> int:

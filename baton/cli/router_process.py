@@ -102,6 +102,8 @@ def environment(config: ServeConfig) -> dict[str, str]:
     }
     if config.local_prefill_tokens is not None:
         chosen["BATON_LOCAL_PREFILL_TOKENS"] = str(config.local_prefill_tokens)
+    if config.http:
+        chosen["BATON_HTTP_LISTEN"] = config.http
     if config.drawn_port:
         # Nobody would find a file by this port again.
         chosen["BATON_SESSION_STORE"] = os.environ.get("BATON_SESSION_STORE", "sqlite://")

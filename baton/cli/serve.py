@@ -162,6 +162,15 @@ def serve(
     port: Annotated[
         int, typer.Option(help="The router's port; 0 takes a free one.", rich_help_panel=SERVER)
     ] = 50051,
+    http: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve the OpenAI API there too, with /health, /ready and /metrics; port 0 takes a free one.",
+            show_default="no HTTP",
+            rich_help_panel=SERVER,
+        ),
+    ] = "",
     metrics_port: Annotated[
         int,
         typer.Option(
@@ -201,6 +210,8 @@ def serve(
 
       baton serve --transport memory --port 0   [dim]# one process, any free port[/]
 
+      baton serve --http 127.0.0.1:8000         [dim]# for OpenAI's clients too[/]
+
       baton serve --engine sim --prefill 8 --decode 8 --transport memory
     """
     with reported(asking=False):
@@ -234,6 +245,7 @@ def serve(
             host=host,
             port=port,
             metrics_port=metrics_port,
+            http=http,
             object_store_bytes=None if object_store_mib is None else object_store_mib * 2**20,
             local_prefill_tokens=local_prefill_tokens,
             placement=placement,

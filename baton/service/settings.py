@@ -75,9 +75,9 @@ class ServerSettings(Settings):
     metrics_port: int = 0
     """Prometheus HTTP port; 0 takes any free port."""
     max_message_bytes: int = 4 * 1024 * 1024
-    """Largest gRPC message accepted; larger ones get RESOURCE_EXHAUSTED. KV never travels in one."""
+    """Largest gRPC message accepted, or HTTP body; larger ones get RESOURCE_EXHAUSTED, or 413. KV never travels in one."""
     max_metadata_bytes: int = 16 * 1024
-    """Largest metadata of a call accepted; calls with more get RESOURCE_EXHAUSTED."""
+    """Largest metadata of a call accepted, or head of an HTTP request; more gets RESOURCE_EXHAUSTED, or 431."""
     max_streams: int = 4096
     """Calls at once on one connection; further ones wait in the client."""
     fleet_cert_file: str = ""
@@ -198,6 +198,14 @@ class RouterSettings(ServerSettings):
     """Turns of one session. Its tokens are bounded by the model's context."""
     session_lease_s: float = 15.0
     """How long a session stays locked when the router that ran its turn died."""
+    http_listen: str = ""
+    """host:port of the OpenAI API, with /health, /ready and /metrics; port 0 takes a free one. Keys and TLS are those of the clients' gRPC
+    port. Empty: no HTTP but the metrics port's.
+    """
+    http_max_connections: int = 4096
+    """HTTP connections at once; one more gets 503."""
+    http_read_timeout_s: float = 30.0
+    """An HTTP request that takes so long to arrive gets 408."""
     share_port: bool = False
     """Let other router processes listen at `port` too: the system spreads the clients' connections over them. Needs `fleet_listen`, another
     one for each, since workers join every process.

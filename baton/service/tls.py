@@ -55,6 +55,19 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """For a port that is not gRPC's. Raises `InvalidRequestError` naming what is unusable. New handshakes use the files as they are."""
+    source = Reloaded(_paths(files), lambda: _server_context(files))
+
+    def use_latest(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _: object) -> None:
+        connection.context = source.value
+
+    # Called for every handshake, also where the client names nobody.
+    context = _server_context(files)
+    context.sni_callback = use_latest
+    return context
+
+
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
     """With the files as they are now; without a CA, the system's are trusted. Raises `InvalidRequestError`."""
     return _credentials(_load(files))
@@ -83,8 +96,22 @@ def _credentials(pem: _Pem) -> grpc.ChannelCredentials:
 
 
 def _reloaded(files: TlsFiles) -> Reloaded[_Pem]:
-    paths = [path for path in (files.cert, files.key, files.ca) if path]
-    return Reloaded(paths, lambda: _load(files))
+    return Reloaded(_paths(files), lambda: _load(files))
+
+
+def _paths(files: TlsFiles) -> list[str]:
+    return [path for path in (files.cert, files.key, files.ca) if path]
+
+
+def _server_context(files: TlsFiles) -> ssl.SSLContext:
+    _load(files)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.cert, files.key, password=_no_password)
+    if files.ca:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def _load(files: TlsFiles) -> _Pem:

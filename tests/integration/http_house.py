@@ -1,0 +1,61 @@
+"""A router with an HTTP port, and workers with simulated engines; asked by httpx, or by sockets for what httpx will not say."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+
+from router.http.front import HttpFront
+from tests.integration.router_fakes import SETTINGS
+from tests.integration.sim_house import House, house
+
+HTTP = replace(SETTINGS, http_listen="127.0.0.1:0")
+
+
+@dataclass
+class HttpHouse:
+    """The house, and a client of its HTTP port."""
+
+    house: House
+    scheme: str = "http"
+
+    def __post_init__(self) -> None:
+        self.client = self.another_client()
+
+    def another_client(self) -> httpx.AsyncClient:
+        """With connections of its own."""
+        return httpx.AsyncClient(base_url=f"{self.scheme}://127.0.0.1:{self.port}", timeout=20)
+
+    @property
+    def front(self) -> HttpFront:
+        front = self.house.app.http
+        assert front is not None
+        return front
+
+    @property
+    def port(self) -> int:
+        return self.front.port
+
+    async def say(self, data: bytes, timeout_s: float = 5.0) -> bytes:
+        """What the router answers to these bytes until it closes the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(data)
+            async with asyncio.timeout(timeout_s):
+                return await reader.read()
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def http_house(
+    prefill: int = 1, decode: int = 1, *, scheme: str = "http", **settings: Any
+) -> AsyncIterator[HttpHouse]:
+    """At the end, every worker is at rest."""
+    async with house(prefill, decode, settings=replace(HTTP, **settings)) as inner:
+        here = HttpHouse(inner, scheme)
+        async with here.client:
+            yield here
