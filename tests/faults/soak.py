@@ -45,6 +45,8 @@ FILES_SLACK = 12
 THREADS_SLACK = 8
 TASKS_SLACK = 4
 REST_S = 60.0
+LONGEST = 12
+"""Rows of the longest waits."""
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ class Report:
     """Of requests that went through in one attempt and on one stream."""
     attempts: Counter[str] = field(default_factory=Counter)
     """By reason, as the routers that live at the end count them."""
+    longest: list[str] = field(default_factory=list)
+    """The requests that waited longest, and why."""
 
     def table(self) -> str:
         lines = [f"{'fault':<28}{'times':>6}{'disturbed':>11}{'p50 s':>8}{'p99 s':>8}"]
@@ -78,6 +82,7 @@ class Report:
         lines.append(f"{self.requests} requests, none failed, none differs")
         lines.append(f"longest wait of the others: {self.longest_calm_gap_s:.2f} s")
         lines.append(f"attempts: {dict(self.attempts)}")
+        lines += ["longest waits of all:", *self.longest]
         return "\n".join(lines)
 
 
@@ -293,6 +298,8 @@ def account(report: Report, windows: list[tuple[str, float]], traces: list[Trace
         row = report.rows.setdefault(name, Row())
         row.disturbed += 1
         row.gaps_s.append(trace.gap_s)
+        report.longest.append(f"  {trace.gap_s:6.2f} s, {name}: {'; '.join(trace.failures)}")
+    report.longest = sorted(report.longest, reverse=True)[:LONGEST]
 
 
 def attempts_of(router: RouterProcess) -> Counter[str]:

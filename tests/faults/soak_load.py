@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from baton.client import AsyncClient, ConnectionOptions, Result, SamplingOptions
 
 TOKENS = 60
+CACHED_EVERY = 4
+"""Of so many requests, one may find its prompt's KV in a prefix cache."""
 CONNECTION = ConnectionOptions(keepalive_s=1.0, keepalive_timeout_s=1.0)
 """A router that is cut off is found within two seconds."""
 
@@ -34,6 +36,8 @@ class Trace:
     gap_began_s: float = 0.0
     disturbed: bool = False
     """Whether an attempt failed or moved, or the stream broke."""
+    failures: tuple[str, ...] = ()
+    """Of its attempts."""
 
     def hear(self) -> None:
         now_s = time.monotonic()
@@ -82,9 +86,14 @@ class Load:
     async def ask(self, client: AsyncClient | None = None, *, pause_s: float = 0.0) -> Result:
         """One request; its reader pauses after each message. Raises AssertionError for a wrong answer."""
         client = client or self._clients[0]
-        case = self._cases[next(self._turn) % len(self._cases)]
+        turn = next(self._turn)
+        case = self._cases[turn % len(self._cases)]
+        # Most prompts are nowhere in a cache: prefill computes them, and their KV is handed over.
+        salt = f"{turn}" if turn % CACHED_EVERY else ""
         trace = Trace()
-        async with client.generate(case.prompt, sampling=case.sampling, timeout_s=60) as stream:
+        async with client.generate(
+            case.prompt, sampling=case.sampling, cache_salt=salt, timeout_s=60
+        ) as stream:
             call = stream._call
             async for _ in stream:
                 trace.hear()
@@ -92,7 +101,8 @@ class Load:
                     await asyncio.sleep(pause_s)
             result = stream.result
         assert answer_of(result) == case.answer, "the stream differs from the undisturbed one"
-        trace.disturbed = stream._call is not call or any(a.failure for a in result.attempts)
+        trace.failures = tuple(a.failure for a in result.attempts if a.failure)
+        trace.disturbed = stream._call is not call or bool(trace.failures)
         if not pause_s:
             self.traces.append(trace)
         return result
