@@ -5,7 +5,6 @@ one_token_pair      the same with a prefill and a decode worker for each request
 streams             256 streams of many tokens: tokens per CPU-second, and tokens per message to the clients
 latency             one request at a time, in turn through the router and straight to the decode worker: added TTFT and ITL
 bare_grpc           the measure of all this: a process that forwards streaming calls, a call for each, and does nothing else
-scale               500 fake workers, 2,000 streams at once: memory, errors; what placement alone takes then is `benchmarks.placement_scale`
 
 python -m benchmarks.router_cost
 """
@@ -21,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,13 @@ def running_workers(router: Measured, **flags: object) -> Iterator[None]:
 
 
 def generate_request(
-    rng: random.Random, *, prompt_tokens: int, new_tokens: int
+    rng: random.Random, *, prompt_tokens: int, new_tokens: int, session_id: str = ""
 ) -> inference_pb2.GenerateRequest:
     """A prompt that no prefix cache holds."""
     prompt = [rng.randrange(1, 256) for _ in range(prompt_tokens)]
     return inference_pb2.GenerateRequest(
         tokens=common_pb2.TokenIds(ids=prompt),
+        session_id=session_id,
         sampling=common_pb2.SamplingParams(
             max_tokens=new_tokens, temperature=0, seed=1, ignore_eos=True
         ),
@@ -179,8 +180,9 @@ async def run_load(
     prompt_tokens: int,
     new_tokens: int,
     channels: int = 4,
+    sessions: Sequence[str] = (),
 ) -> dict[str, float]:
-    """So many requests, so many of them at once; what they cost the router."""
+    """So many requests, so many of them at once; what they cost the router. Each is a turn of another session, where there are any."""
     rng = random.Random(1)
     opened = [
         grpc.aio.insecure_channel(router.address, options=CHANNEL_OPTIONS) for _ in range(channels)
@@ -190,7 +192,12 @@ async def run_load(
 
     async def stream() -> None:
         for turn in left:
-            request = generate_request(rng, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            request = generate_request(
+                rng,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                session_id=sessions[turn] if sessions else "",
+            )
             await load.request(request, turn)
 
     cpu_s, wall_s = router.cpu_s, time.perf_counter()
@@ -355,11 +362,15 @@ def one_token(args: argparse.Namespace, *, pair: bool) -> dict[str, Any]:
         running_workers(router, kind=args.workers, prefill=int(pair), decode=2),
     ):
         # Through a pair, the second token is decode's: with one only, nothing would be handed over.
-        load = {"prompt_tokens": 64 if pair else 16, "new_tokens": 2 if pair else 1}
-        asyncio.run(run_load(router, concurrency=args.concurrency, requests=300, **load))
-        return asyncio.run(
-            run_load(router, concurrency=args.concurrency, requests=args.requests, **load)
+        load = partial(
+            run_load,
+            router,
+            concurrency=args.concurrency,
+            prompt_tokens=64 if pair else 16,
+            new_tokens=2 if pair else 1,
         )
+        asyncio.run(load(requests=300))
+        return asyncio.run(load(requests=args.requests))
 
 
 def streams(args: argparse.Namespace, *, step_ms: float) -> dict[str, Any]:
@@ -393,33 +404,6 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         )
 
 
-def scale(args: argparse.Namespace) -> dict[str, Any]:
-    """A large fleet, many streams."""
-    with (
-        running_router(max_running=4096, max_queued=4096, lease_s=15, heartbeat_s=3) as router,
-        running_workers(
-            router,
-            kind="fake",
-            prefill=args.fleet // 2,
-            decode=args.fleet - args.fleet // 2,
-            step_ms=250,
-        ),
-    ):
-        before = router.resident_bytes
-        figures: dict[str, Any] = asyncio.run(
-            run_load(
-                router,
-                concurrency=args.live_streams,
-                requests=2 * args.live_streams,
-                prompt_tokens=64,
-                new_tokens=40,
-                channels=16,
-            )
-        )
-        figures["router_idle_rss_mb"] = round(before / 1e6, 1)
-    return figures
-
-
 CELLS = {
     "bare_grpc": bare_grpc,
     "one_token": lambda args: one_token(args, pair=False),
@@ -427,7 +411,6 @@ CELLS = {
     "streams_paced": lambda args: streams(args, step_ms=args.step_ms),
     "streams_full": lambda args: streams(args, step_ms=0),
     "latency": latency,
-    "scale": scale,
 }
 
 
@@ -442,8 +425,6 @@ def main() -> None:
     parser.add_argument("--stream-tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=20.0, help="of the paced streams")
     parser.add_argument("--latency-requests", type=int, default=200)
-    parser.add_argument("--fleet", type=int, default=500)
-    parser.add_argument("--live-streams", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/router_cost.json"))
     args = parser.parse_args()
     raw: dict[str, list[dict[str, Any]]] = {cell: [] for cell in args.cells}

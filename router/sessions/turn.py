@@ -57,6 +57,7 @@ class Turn:
         """Workers hold it: where this router ends it, another one may go on with it, under the same lease."""
         self._commit = commit
         self._clock = clock
+        self._ending = False
         self._task: asyncio.Task[object] | None = None
         self._lost: SessionLostError | None = None
 
@@ -96,7 +97,7 @@ class Turn:
         """
         if self.is_past:
             return
-        before = self.session
+        before, self._ending = self.session, True
         self.history = history_after(
             self.history,
             self.messages,
@@ -130,8 +131,10 @@ class Turn:
         return SessionLostError(f"session {self.key.session_id!r} is lost: {why}")
 
     def lose(self, why: str) -> None:
-        """Ends the turn at its next await. For other tasks than its own."""
-        if self._lost is None and self._task is not None and not self.finished:
+        """Ends the turn at its next await. For other tasks than its own. No effect on one that is being written: the store's answer to
+        that tells whether the lease was held, and a renewal that comes after it finds none.
+        """
+        if self._lost is None and self._task is not None and not self._ending:
             self._lost = self.lost(why)
             self._task.cancel()
 

@@ -46,6 +46,8 @@ class Disturbed(SqliteStore):
         self.began = asyncio.Event()
         self.failing: set[str] = set()
         self.sweeps = 0
+        self.unrenewed: asyncio.Event | None = None
+        """Where there is one, `end_turn` returns only after a lease was found not to be held any more."""
 
     async def begin_turn(
         self, key: SessionKey, lease: Lease, now_s: float
@@ -66,7 +68,16 @@ class Disturbed(SqliteStore):
         if kind in self.failing:
             raise UnavailableError("gone")
         await self.gate.wait()
-        return await super().end_turn(session, history, lease)
+        ended = await super().end_turn(session, history, lease)
+        if self.unrenewed is not None:
+            await self.unrenewed.wait()
+        return ended
+
+    async def renew(self, key: SessionKey, lease: Lease) -> bool:
+        held = await super().renew(key, lease)
+        if not held and self.unrenewed is not None:
+            self.unrenewed.set()
+        return held
 
 
 class Now:
@@ -227,6 +238,17 @@ async def test_a_turn_outlives_its_first_lease() -> None:
             with pytest.raises(SessionBusyError):
                 await rig.take_turn(session)
             await turn.finish(RESULT)
+
+
+async def test_a_renewal_that_comes_too_late_takes_nothing_from_a_turn_that_is_written() -> None:
+    """Promise: a turn whose lease is due for renewal in the moment in which it is written has happened, and its client is told so."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        rig.store.unrenewed = asyncio.Event()
+        async with asyncio.timeout(5):
+            await rig.take_turn(session)
+        assert rig.store.unrenewed.is_set()
+        assert (await rig.told(session)).turns == 1
 
 
 @pytest.mark.parametrize("finishing", [False, True])
