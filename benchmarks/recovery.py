@@ -4,11 +4,13 @@
 
 Every round starts the streams, strikes the process that most of them use once all are where the fault is to hit them, and takes, of
 each stream that was hit, the longest wait between two messages after the fault: to find it, to start a new attempt, and to
-compute what the peer took with it. Then it makes the fleet whole again.
+compute what the peer took with it. Then it makes the fleet whole again. Of clients that cancel at random instants, it takes the time
+from the last one's leaving until no worker holds a block for any of them.
 """
 
 import argparse
 import asyncio
+import random
 import signal
 import statistics
 import time
@@ -34,6 +36,8 @@ STREAMS = 8
 SIM = SimConfig(num_blocks=4096, max_batch_tokens=512, step_s=0.01)
 SAMPLING = SamplingOptions(max_tokens=500, temperature=0.0, ignore_eos=True)
 PINGS = ConnectionOptions(keepalive_s=1.0, keepalive_timeout_s=1.0)
+LEAVING = 100
+"""Clients that cancel in one round."""
 FIRST = 20
 """Messages of a stream before the fault, where decode is hit."""
 
@@ -95,6 +99,24 @@ class Rounds:
         async with AsyncClient(f"{first.address},{second.address}", connection=PINGS) as client:
             heard, struck_s = await self._run(client, Role.DECODE, FIRST, lambda _: strike())
         return [each.pause_s(struck_s) for each in heard]
+
+    async def cancel_round(self) -> list[float]:
+        """Seconds until both pools are at rest after many cancellations."""
+        rng = random.Random(self._serial)
+
+        async def leave(client: AsyncClient) -> None:
+            self._serial += 1
+            prompt = [(self._serial * 31 + i * 7) % 255 + 1 for i in range(rng.randrange(1, 500))]
+            asking = asyncio.create_task(client.complete(prompt, sampling=SAMPLING))
+            await asyncio.sleep(rng.random())
+            asking.cancel()
+            await asyncio.wait({asking})
+
+        async with AsyncClient(self._fleet.addresses) as client:
+            await asyncio.gather(*(leave(client) for _ in range(LEAVING)))
+            left_s = time.monotonic()
+            await self._fleet.at_rest(30)
+        return [time.monotonic() - left_s]
 
     async def make_whole(self, role: Role) -> None:
         """Two of that role, every worker a member everywhere, nothing held."""
@@ -183,6 +205,11 @@ class Faults:
                 "router: network cut, pings of 1 s",
                 lambda: self._rounds.router_round(self._cut_door),
                 self._heal_door,
+            ),
+            Fault(
+                f"{LEAVING} cancel: blocks free",
+                self._rounds.cancel_round,
+                lambda: self._rounds.make_whole(Role.DECODE),
             ),
         ]
 
