@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The one place that pins torch is pyproject.toml.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# Packages that hold generated stubs only; each mirrors its directory under protos/.
+STUBS := baton/v1 router/kserve/v2
 CODE := baton router prefill_worker decode_worker flex_worker tests benchmarks training
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
@@ -42,7 +44,7 @@ bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
 soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
 	@$(BIN)/python -m tests.faults.soak $(ARGS)
 
-protos: $(VENV)/.dev ## Regenerate baton/v1 from protos/
+protos: $(VENV)/.dev ## Regenerate the stubs from protos/
 	@$(call generate,.)
 
 fmt: $(VENV)/.dev ## Format the code and the protos, and fix what the linter can
@@ -82,8 +84,8 @@ protos-check: $(VENV)/.dev
 	@$(BIN)/buf format --diff --exit-code
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(call generate,"$$fresh"); \
-	diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/baton/v1" baton/v1 \
-		|| { echo "baton/v1 differs from protos/: run 'make protos'"; exit 1; }
+	for stubs in $(STUBS); do diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/$$stubs" "$$stubs" \
+		|| { echo "$$stubs differs from protos/: run 'make protos'"; exit 1; }; done
 
 pytest: $(VENV)/.dev system-packages
 	@echo "== pytest"
@@ -96,11 +98,11 @@ system-packages:
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null || true; fi
 
-# $(1): where to put baton/v1. A file without services has no use for its empty gRPC module.
+# $(1): where to put the stubs. A file without services has no use for its empty gRPC module.
 define generate
-$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) protos/baton/v1/*.proto \
-	&& for proto in protos/baton/v1/*.proto; do \
-		grep -q '^service ' "$$proto" || rm -f $(1)/baton/v1/"$$(basename "$$proto" .proto)_pb2_grpc.py"; done
+$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(STUBS:%=protos/%/*.proto) \
+	&& for proto in $(STUBS:%=protos/%/*.proto); do stub="$${proto#protos/}"; \
+		grep -q '^service ' "$$proto" || rm -f $(1)/"$${stub%.proto}_pb2_grpc.py"; done
 endef
 
 # Stamps: installed once, and again when pyproject.toml changes.

@@ -24,6 +24,8 @@ from router.fleet import Fleet, FleetServicer
 from router.http.front import HttpFront
 from router.http.health import health_routes
 from router.inference import Inference
+from router.kserve.servicer import OpenInferenceServicer
+from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
 from router.model import ServedModel
 from router.placement import Policy
 from router.policies import policy_of
@@ -42,6 +44,7 @@ _log = logging.getLogger(__name__)
 INFERENCE_SERVICE = "baton.v1.InferenceService"
 FLEET_SERVICE = "baton.v1.FleetService"
 SESSION_SERVICE = "baton.v1.SessionService"
+OPEN_INFERENCE_SERVICE = "inference.GRPCInferenceService"
 ABORT_TIMEOUT_S = 5.0
 """How long requests that are told to end may take to do so."""
 
@@ -70,7 +73,7 @@ class RouterApp:
         )
         self._ports = Ports(
             settings,
-            client_services=[INFERENCE_SERVICE, SESSION_SERVICE],
+            client_services=[INFERENCE_SERVICE, SESSION_SERVICE, OPEN_INFERENCE_SERVICE],
             fleet_service=FLEET_SERVICE,
         )
         self.http: HttpFront | None = None
@@ -183,6 +186,10 @@ class RouterApp:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         session = SessionServicer(sessions, self.model, access=access)
         session_pb2_grpc.add_SessionServiceServicer_to_server(session, server)
+        open_inference = OpenInferenceServicer(
+            inference, self.model.tokenizer, access=access, settings=self._settings
+        )
+        kserve_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
 
 
 def load_tokenizer(settings: RouterSettings) -> Tokenizer:

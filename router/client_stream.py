@@ -6,9 +6,10 @@ Used by the request's own task on the router's event loop.
 import asyncio
 from typing import Any
 
+from google.protobuf.message import Message
+
 from baton.errors import CapacityError
 from baton.service.calls import Context
-from baton.v1 import inference_pb2 as pb
 
 OPENING_GRACE_S = 1.0
 
@@ -22,7 +23,7 @@ class ClientStream:
         self._opened = False
         self._stalled = False
 
-    async def write(self, response: pb.GenerateResponse) -> None:
+    async def write(self, response: Message) -> None:
         """Returns once gRPC has taken the message. Raises `CapacityError` where the client has not read for so long that it cannot."""
         task = asyncio.current_task()
         assert task is not None
@@ -45,7 +46,7 @@ class ClientStream:
         self._stalled = True
         task.cancel()
 
-    async def _open(self, response: pb.GenerateResponse) -> None:
+    async def _open(self, response: Message) -> None:
         """The first message takes the call's initial metadata along. Cancelled in the middle, gRPC would send that again with the
         status, fail, and leave the client without one; so a cancellation waits for the write.
         """

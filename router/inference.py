@@ -17,6 +17,7 @@ from typing import Protocol
 
 from baton import codec
 from baton.errors import (
+    BatonError,
     DeadlineError,
     FieldViolation,
     InvalidRequestError,
@@ -154,6 +155,26 @@ class Inference:
     def cancel(self, request_id: str, caller: Caller) -> None:
         """Ends a running request of the caller's tenant. Raises `NotFoundError`."""
         self._table.cancel(request_id, caller.tenant)
+
+    def count_refused(self, error: BatonError) -> None:
+        """Counts a request that its front could not read, as those are counted that are refused here."""
+        self._metrics.record_request(
+            Timeline(received_s=time.monotonic()),
+            error,
+            prompt_tokens=0,
+            cached_tokens=0,
+            completion_tokens=0,
+        )
+
+    @property
+    def takes_requests(self) -> bool:
+        """False once the router drains."""
+        return not self._table.refuses
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether there is anybody to serve the model."""
+        return bool(self._fleet.decode_members())
 
     def describe(self, model: str, caller: Caller) -> pb.GetModelResponse:
         """The served model; only who administers learns of the workers. Raises `NotFoundError` for any other name but an empty one."""

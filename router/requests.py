@@ -59,6 +59,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def refuses(self) -> bool:
+        """Whether no request enters any more."""
+        return self._refuses
+
     @asynccontextmanager
     async def enter(
         self,

@@ -16,8 +16,15 @@ from baton.service.reload import Reloaded
 HEADER = "authorization"
 SCHEME = "bearer"
 
-OPEN_SERVICES = ("/grpc.health.v1.", "/grpc.reflection.")
-"""Answered without a key: they tell what runs and whether it is well, to load balancers and tools that have none."""
+OPEN_METHODS = (
+    "/grpc.health.v1.",
+    "/grpc.reflection.",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/inference.GRPCInferenceService/ServerReady",
+)
+"""What the names of methods begin with that are answered without a key: they tell what runs and whether it is well, to load balancers
+and tools that have none.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +102,7 @@ class KeyAccess:
 
 def check(access: Access, method: str, context: Context) -> None:
     """Raises `UnauthenticatedError` where a call of this method needs a key and has none that is valid."""
-    if not method.startswith(OPEN_SERVICES):
+    if not method.startswith(OPEN_METHODS):
         caller_of(access, context)
 
 

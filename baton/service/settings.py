@@ -175,6 +175,8 @@ class RouterSettings(ServerSettings):
     """Prefill gets a worker where its queues hold work for so long."""
     autoscale_decode_requests: float = 32.0
     """Decode gets a worker where each of its workers has so many requests, or nine tenths of their blocks are used."""
+    max_stream_requests: int = 256
+    """Requests at once on one stream of the Open Inference Protocol; further ones wait unread."""
     max_unread_bytes: int = 1024 * 1024
     """A client that leaves more of its output unread loses its request."""
     client_messages_per_s: float = 5000.0
