@@ -15,6 +15,7 @@ from router.kserve.v2 import inference_pb2 as kserve
 
 VERSION = "1"
 """Of the model: there is one."""
+MAX_TIMEOUT_US = 10**12
 TEXT_OUTPUT = "text_output"
 OUTPUTS = {
     TEXT_OUTPUT: "BYTES",
@@ -48,6 +49,7 @@ class Asked:
     """Put before the output, where that is to begin with the input; else empty."""
     outputs: frozenset[str]
     timeout_s: float | None
+    """None where the request names none."""
 
 
 def parse(request: kserve.ModelInferRequest) -> Asked:
@@ -71,13 +73,16 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
         violations.append(FieldViolation("exclude_input_in_output", "false needs text_input"))
     outputs, wrong = _outputs(said, request.outputs)
     violations += wrong
+    timeout_us = said.get("timeout", 0)
+    assert isinstance(timeout_us, int)
+    if not 0 <= timeout_us <= MAX_TIMEOUT_US:
+        problem = f"must be microseconds in [0, {MAX_TIMEOUT_US}]"
+        violations.append(FieldViolation("timeout", problem))
     if violations:
         raise InvalidRequestError(*violations)
     if outputs & LOGPROBS and not generate.sampling.HasField("logprobs"):
         generate.sampling.logprobs = 0
     includes = not streams and said.get("exclude_input_in_output") is not True
-    timeout_us = said.get("timeout", 0)
-    assert isinstance(timeout_us, int)
     return Asked(
         generate=generate,
         id=request.id,
