@@ -167,14 +167,13 @@ class Inference:
         )
 
     @property
-    def takes_requests(self) -> bool:
+    def serves(self) -> bool:
         """False once the router drains."""
         return not self._table.refuses
 
-    @property
-    def has_workers(self) -> bool:
-        """Whether there is anybody to serve the model."""
-        return bool(self._fleet.decode_members())
+    def can_serve(self) -> bool:
+        """Whether a request would find workers now."""
+        return self.serves and self._fleet.can_place()
 
     def describe(self, model: str, caller: Caller) -> pb.GetModelResponse:
         """The served model; only who administers learns of the workers. Raises `NotFoundError` for any other name but an empty one."""

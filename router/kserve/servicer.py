@@ -49,14 +49,13 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
         request: kserve.ServerReadyRequest,  # noqa: ARG002
         context: Context,  # noqa: ARG002
     ) -> kserve.ServerReadyResponse:
-        return kserve.ServerReadyResponse(ready=self._inference.takes_requests)
+        return kserve.ServerReadyResponse(ready=self._inference.serves)
 
     async def ModelReady(  # noqa: N802
         self, request: kserve.ModelReadyRequest, context: Context
     ) -> kserve.ModelReadyResponse:
         self._model(request.name, request.version, context)
-        ready = self._inference.takes_requests and self._inference.has_workers
-        return kserve.ModelReadyResponse(ready=ready)
+        return kserve.ModelReadyResponse(ready=self._inference.can_serve())
 
     async def ServerMetadata(  # noqa: N802
         self,

@@ -96,7 +96,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """Whether workers are there for the model. NOT_FOUND for a model that is not served.
+        """Whether a request would find workers. NOT_FOUND for a model that is not served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
