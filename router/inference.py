@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from baton import codec
 from baton.errors import (
@@ -156,15 +156,10 @@ class Inference:
         """Ends a running request of the caller's tenant. Raises `NotFoundError`."""
         self._table.cancel(request_id, caller.tenant)
 
-    def count_refused(self, error: BatonError) -> None:
-        """Counts a request that its front could not read, as those are counted that are refused here."""
-        self._metrics.record_request(
-            Timeline(received_s=time.monotonic()),
-            error,
-            prompt_tokens=0,
-            cached_tokens=0,
-            completion_tokens=0,
-        )
+    async def refuse(self, error: BatonError) -> NoReturn:
+        """Raises the error of a request that its front could not read, and counts it as those that are refused here."""
+        async with Account(Timeline(received_s=time.monotonic())).counted(self._metrics):
+            raise error
 
     @property
     def serves(self) -> bool:

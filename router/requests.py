@@ -61,7 +61,7 @@ class RequestTable:
 
     @property
     def refuses(self) -> bool:
-        """Whether no request enters any more."""
+        """Whether no request may enter any more."""
         return self._refuses
 
     @asynccontextmanager

@@ -16,6 +16,8 @@ from router.kserve.v2 import inference_pb2 as kserve
 Send = Callable[[kserve.ModelInferResponse], Awaitable[None]]
 TokenText = Callable[[int], str]
 
+LEAST = -9999.0
+"""JSON has no infinity."""
 FINAL = "triton_final_response"
 _REASONS = {
     common_pb2.FINISH_REASON_UNSPECIFIED: "None",
@@ -110,7 +112,7 @@ class AnswerWriter:
         ranks = {each.token_id: rank for rank, each in enumerate(logprobs.top, 1)}
         return {
             str(each.token_id): {
-                "logprob": each.logprob,
+                "logprob": max(each.logprob, LEAST),
                 "rank": ranks.get(each.token_id),
                 "decoded_token": self._token_text(each.token_id),
             }

@@ -4,6 +4,8 @@ Runs on the router's event loop. Errors become statuses in `baton.service.interc
 """
 
 import asyncio
+import re
+import secrets
 from collections.abc import AsyncIterator
 
 from baton.errors import BatonError, FieldViolation, InvalidRequestError
@@ -19,6 +21,8 @@ from router.kserve.stream import InferStream
 from router.kserve.v2 import inference_pb2 as kserve
 from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
 from router.text import Tokenizer
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,100}")
 
 
 class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
@@ -112,8 +116,8 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
             if asked.streams and not on_stream:
                 raise InvalidRequestError(FieldViolation("stream", "needs ModelStreamInfer"))
         except BatonError as error:
-            self._inference.count_refused(error)
-            raise
+            await self._inference.refuse(error)
+        asked.generate.request_id = _request_id(request.id)
         limits_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
         try:
             await self._inference.generate(
@@ -127,6 +131,11 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
 
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer.special_text(token_id) or self._tokenizer.decode([token_id])
+
+
+def _request_id(client_id: str) -> str:
+    """Begins with the client's, where that can be part of one: several requests that run at once may have the same."""
+    return f"{client_id}.{secrets.token_hex(4)}" if _ID.fullmatch(client_id) else ""
 
 
 async def _parsed(request: kserve.ModelInferRequest) -> Asked:

@@ -76,6 +76,7 @@ def addresses(server: Served) -> dict[str, str]:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("example", examples(), ids=lambda each: f"line{each.line}")
 def test_an_example_prints_what_the_page_says(
     server: Served, example: Example, tmp_path: Path

@@ -165,6 +165,7 @@ async def test_tritonclient_learns_what_is_served_and_what_is_wrong_with_a_reque
         "bad_value": ("top_p: must be in (0, 1]",),
     }.items():
         status, message = saw[wrong]
+        assert not message.startswith("sampling.")
         assert status == "StatusCode.INVALID_ARGUMENT"
         assert all(word in message for word in words), message
 
@@ -271,6 +272,26 @@ async def test_no_more_requests_of_a_stream_run_at_once_than_the_limit() -> None
         ids = {response.infer_response.id async for response in call}
     assert ids == {str(n) for n in range(count)}
     assert most == limit
+
+
+async def test_any_id_comes_back_and_several_requests_may_have_the_same() -> None:
+    """Promise: and it begins the request's id in the fleet, where that has such characters."""
+    names = ["one", "one", "a b/\N{SNOWMAN}", ""]
+    async with cluster() as here, stub_of(here.app.port) as stub:
+        started = asyncio.Event()
+
+        async def script(_stage: str) -> None:
+            if len(here.app.table) == len(names):
+                started.set()
+            await started.wait()
+
+        await here.prefill("p")
+        decode = await here.decode("d", script)
+        asked = [asking(name=name, max_tokens=2) for name in names]
+        call: Any = stub.ModelStreamInfer(iter(asked), timeout=BOUND_S)
+        answered = [response.infer_response.id async for response in call]
+    assert sorted(answered) == sorted(names)
+    assert sum(key.startswith("one.") for key in decode.keys) == 2
 
 
 async def test_a_stream_that_is_not_read_is_lost_and_harms_no_other() -> None:
