@@ -23,6 +23,7 @@ from router.autoscaler import Autoscaler
 from router.fleet import Fleet, FleetServicer
 from router.http.front import HttpFront
 from router.http.health import health_routes
+from router.http.openai.routes import openai_routes
 from router.inference import Inference
 from router.kserve.servicer import OpenInferenceServicer
 from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
@@ -123,6 +124,8 @@ class RouterApp:
         self._ports.register_for_fleet(
             lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         )
+        if self.http is not None:
+            self.http.add(openai_routes(inference, self.model))
         try:
             self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)
             await self._ports.start()

@@ -28,6 +28,7 @@ from router.chat import (
     load_chat_template,
 )
 from router.control_tokens import ControlTokens
+from router.token_bytes import byte_symbols, bytes_of
 
 _TOKENIZER_FILE = "tokenizer.json"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -72,12 +73,7 @@ class Tokenizer:
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
         """Token ids are the bytes of UTF-8: for engines whose vocabulary is 256 tokens without a meaning."""
-        # The byte-level alphabet: printable bytes are written as themselves, the others as the characters from U+0100 on.
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = sorted(set(range(256)).difference(printable))
-        symbols = {chr(byte): byte for byte in printable}
-        symbols.update({chr(256 + index): byte for index, byte in enumerate(others)})
-        backend = tokenizers.Tokenizer(models.BPE(vocab=symbols, merges=[]))
+        backend = tokenizers.Tokenizer(models.BPE(vocab=byte_symbols(), merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         return cls(backend)
@@ -130,6 +126,10 @@ class Tokenizer:
     def special_text(self, token_id: int) -> str:
         """How a template writes a special token; empty for any other."""
         return (self._backend.id_to_token(token_id) or "") if token_id in self._special else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, also where that is no whole character; of a special one, how it is written."""
+        return bytes_of(self._backend, token_id)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token can be part of a text: it is in the tokenizer's vocabulary and not special."""

@@ -88,6 +88,9 @@ class GuardedConnection(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._is_over = True
             return
+        if self._reading is None:
+            # In one piece with the end of the one before, which was answered before it had arrived.
+            self._expect()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,36 @@ def error_body(message: str, kind: str, *, param: str | None, code: str | None) 
 
 def violations(errors: Iterable[Mapping[str, Any]]) -> Iterator[FieldViolation]:
     """What pydantic found wrong with a request, by the paths of its fields."""
+    found: dict[str, str] = {}
     for error in errors:
         place, *path = error["loc"]
-        field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         if error["type"] == "json_invalid":
-            problem = f"is not JSON: {error['ctx']['error']} at {path[0]}"
-            yield FieldViolation(place, problem)
-        else:
-            yield FieldViolation(field.removeprefix(".") or place, error["msg"])
+            found[place] = f"is not JSON: {error['ctx']['error']} at {path[0]}"
+            continue
+        field = _path(path) or place
+        if error["type"] == "unknown_fields":
+            above = f"{_path(path)}." if path else ""
+            found |= {above + name: "there is no such field" for name in error["ctx"]["names"]}
+            continue
+        problem = _NOT_AN_OBJECT if error["type"] in _NO_OBJECTS else error["msg"]
+        found[field] = f"{found[field]}; or: {problem}" if field in found else problem
+    for field, problem in found.items():
+        # Of the alternatives, the one that went furthest was meant.
+        if not any(other.startswith((f"{field}.", f"{field}[")) for other in found):
+            yield FieldViolation(field, problem)
+
+
+def _path(steps: Sequence[int | str]) -> str:
+    """As a client writes it: without pydantic's names of alternatives, which are types, and the roles of messages."""
+    path = ""
+    for before, step in zip(("", *steps), steps, strict=False):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif "[" not in step and step not in _TYPES and not isinstance(before, int):
+            path += f".{step}"
+    return path.removeprefix(".")
+
+
+_NO_OBJECTS = ("model_type", "model_attributes_type")
+_NOT_AN_OBJECT = "must be a JSON object, sent as application/json"
+_TYPES = ("str", "int", "float", "bool")

@@ -8,11 +8,20 @@ from typing import Any
 
 import httpx
 
+from router.chat import ChatTemplate
 from router.http.front import HttpFront
+from router.text import Tokenizer
 from tests.integration.router_fakes import SETTINGS
 from tests.integration.sim_house import House, house
 
+TEMPLATE = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}assistant: "
 HTTP = replace(SETTINGS, http_listen="127.0.0.1:0")
+
+
+def chatty() -> Tokenizer:
+    """Tokens are bytes, and messages lines."""
+    template = ChatTemplate(TEMPLATE, {}, path="test")
+    return Tokenizer(Tokenizer.of_bytes()._backend, template)
 
 
 @dataclass
@@ -55,7 +64,8 @@ async def http_house(
     prefill: int = 1, decode: int = 1, *, scheme: str = "http", **settings: Any
 ) -> AsyncIterator[HttpHouse]:
     """At the end, every worker is at rest."""
-    async with house(prefill, decode, settings=replace(HTTP, **settings)) as inner:
+    asked = replace(HTTP, **settings)
+    async with house(prefill, decode, settings=asked, tokenizer=chatty()) as inner:
         here = HttpHouse(inner, scheme)
         async with here.client:
             yield here

@@ -106,9 +106,10 @@ async def house(
     settings: RouterSettings = SETTINGS,
     workers: WorkerSettings = WORKERS,
     connect: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+    tokenizer: Tokenizer | None = None,
 ) -> AsyncIterator[House]:
     """At the end, every worker is at rest. `connect` opens the clients' channel."""
-    app = RouterApp(settings, Tokenizer.of_bytes())
+    app = RouterApp(settings, tokenizer or Tokenizer.of_bytes())
     await app.start()
     async with connect(f"127.0.0.1:{app.port}") as channel:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)

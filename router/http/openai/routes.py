@@ -1,0 +1,101 @@
+"""The paths of OpenAI's API. Handlers run on the router's event loop, in the task of their request."""
+
+import secrets
+import time
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request
+from starlette.responses import JSONResponse, Response
+
+from baton.service.access import Caller
+from baton.v1 import inference_pb2
+from router.http.edge import caller_of
+from router.http.openai.documents import ChatCompletion, Completion, Model, Models, answers
+from router.http.openai.fields import ChatRequest, Common, CompletionRequest
+from router.http.openai.forms import ChatForm, Form, TextForm
+from router.http.openai.logprobs import Vocabulary
+from router.http.openai.request import chat_requests, completion_requests
+from router.http.openai.stream import EventWriter, GenerationResponse, WholeWriter, WriterOf
+from router.inference import Inference
+from router.model import ServedModel
+
+TIMEOUT_HEADER = "x-request-timeout-s"
+
+_Caller = Annotated[Caller, Depends(caller_of)]
+_Timeout = Annotated[
+    float | None,
+    Header(
+        alias=TIMEOUT_HEADER,
+        gt=0,
+        allow_inf_nan=False,
+        description="The request's deadline, in seconds from now.",
+    ),
+]
+
+
+def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
+    """Everything below `/v1`."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    vocabulary = Vocabulary(model.tokenizer)
+    created = int(time.time())
+
+    def fingerprint() -> str:
+        return "" if model.latest is None else f"fp_{model.latest.spec.model_fingerprint[:12]}"
+
+    def writer_of(body: Common, form: Form) -> WriterOf:
+        if not body.stream:
+            return partial(WholeWriter, form=form, fingerprint=fingerprint)
+        options = body.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        return partial(EventWriter, form=form, fingerprint=fingerprint, with_usage=with_usage)
+
+    @routes.post(
+        "/completions", summary="Go on with a text", responses=answers(Completion, streams=True)
+    )
+    async def complete(
+        request: Request, caller: _Caller, body: CompletionRequest, timeout_s: _Timeout = None
+    ) -> Response:
+        requests = completion_requests(body, _request_id(request))
+        return GenerationResponse(
+            inference, requests, caller, writer_of(body, TextForm(vocabulary)), timeout_s=timeout_s
+        )
+
+    @routes.post(
+        "/chat/completions",
+        summary="Answer in a chat",
+        responses=answers(ChatCompletion, streams=True),
+    )
+    async def chat(
+        request: Request, caller: _Caller, body: ChatRequest, timeout_s: _Timeout = None
+    ) -> Response:
+        requests = chat_requests(body, _request_id(request))
+        return GenerationResponse(
+            inference, requests, caller, writer_of(body, ChatForm(vocabulary)), timeout_s=timeout_s
+        )
+
+    def described(found: inference_pb2.GetModelResponse) -> Model:
+        return Model(
+            id=found.model,
+            object="model",
+            created=created,
+            owned_by="baton",
+            max_model_len=found.max_context_tokens,
+        )
+
+    @routes.get("/models", summary="The served model", responses=answers(Models))
+    async def models(caller: _Caller) -> Response:
+        found = inference.describe("", caller)
+        data = [described(found)] if found.model else []
+        return JSONResponse(Models(object="list", data=data).model_dump())
+
+    @routes.get("/models/{name:path}", summary="One model", responses=answers(Model))
+    async def one_model(name: str, caller: _Caller) -> Response:
+        return JSONResponse(described(inference.describe(name, caller)).model_dump())
+
+    return routes
+
+
+def _request_id(request: Request) -> str:
+    """Begins with what the answer's header says. A client may give one id to several requests that run at once."""
+    return f"{request.state.request_id}.{secrets.token_hex(4)}"
