@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx
 
+from baton.engine.sim import SimConfig
 from router.chat import ChatTemplate
 from router.http.front import HttpFront
 from router.text import Tokenizer
 from tests.integration.router_fakes import SETTINGS
-from tests.integration.sim_house import House, house
+from tests.integration.sim_house import SIM, House, house
 
 TEMPLATE = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}assistant: "
 HTTP = replace(SETTINGS, http_listen="127.0.0.1:0")
@@ -48,6 +49,11 @@ class HttpHouse:
     def port(self) -> int:
         return self.front.port
 
+    @property
+    def base_url(self) -> str:
+        """For OpenAI's SDK."""
+        return f"{self.scheme}://127.0.0.1:{self.port}/v1"
+
     async def say(self, data: bytes, timeout_s: float = 5.0) -> bytes:
         """What the router answers to these bytes until it closes the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -61,11 +67,16 @@ class HttpHouse:
 
 @asynccontextmanager
 async def http_house(
-    prefill: int = 1, decode: int = 1, *, scheme: str = "http", **settings: Any
+    prefill: int = 1,
+    decode: int = 1,
+    *,
+    scheme: str = "http",
+    sim: SimConfig = SIM,
+    **settings: Any,
 ) -> AsyncIterator[HttpHouse]:
     """At the end, every worker is at rest."""
     asked = replace(HTTP, **settings)
-    async with house(prefill, decode, settings=asked, tokenizer=chatty()) as inner:
+    async with house(prefill, decode, settings=asked, tokenizer=chatty(), sim=sim) as inner:
         here = HttpHouse(inner, scheme)
         async with here.client:
             yield here

@@ -40,20 +40,21 @@ class House:
     sources: MemorySources = field(default_factory=MemorySources)
     workers: dict[WorkerId, PrefillWorker | DecodeWorker] = field(default_factory=dict)
     worker_settings: WorkerSettings = WORKERS
+    sim: SimConfig = SIM
 
     @property
     def settings(self) -> WorkerSettings:
         return replace(self.worker_settings, routers=(f"127.0.0.1:{self.app.fleet_port}",))
 
     async def add_prefill(self) -> None:
-        engine = AsyncEngine(lambda: build_sim_engine(SIM), name="prefill")
+        engine = AsyncEngine(lambda: build_sim_engine(self.sim), name="prefill")
         worker = PrefillWorker(self.settings, engine)
         info = await worker.start()
         self.sources.add(info.transfer_address, worker)
         await self._joined(info.worker_id, worker)
 
     async def add_decode(self) -> None:
-        engine = AsyncEngine(lambda: build_sim_engine(SIM), name="decode")
+        engine = AsyncEngine(lambda: build_sim_engine(self.sim), name="decode")
         transport = MemoryTransport(self.sources, ByteCredits(1 << 20))
         worker = DecodeWorker(self.settings, engine, transport)
         info = await worker.start()
@@ -107,6 +108,7 @@ async def house(
     workers: WorkerSettings = WORKERS,
     connect: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     tokenizer: Tokenizer | None = None,
+    sim: SimConfig = SIM,
 ) -> AsyncIterator[House]:
     """At the end, every worker is at rest. `connect` opens the clients' channel."""
     app = RouterApp(settings, tokenizer or Tokenizer.of_bytes())
@@ -114,7 +116,7 @@ async def house(
     async with connect(f"127.0.0.1:{app.port}") as channel:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
         sessions = session_pb2_grpc.SessionServiceStub(channel)
-        here = House(app, inference, sessions, worker_settings=workers)
+        here = House(app, inference, sessions, worker_settings=workers, sim=sim)
         try:
             for _ in range(prefill):
                 await here.add_prefill()

@@ -22,7 +22,6 @@ from pydantic_core import PydanticCustomError
 
 MAX_NAMED = 8
 MAX_ENTRIES = 1024
-MAX_PROMPTS = 64
 
 
 class Fields(BaseModel):
@@ -136,12 +135,9 @@ class Common(Fields):
 class CompletionRequest(Common):
     """`POST /v1/completions`."""
 
-    prompt: (
-        Text
-        | Tokens
-        | Annotated[Texts, Field(max_length=MAX_PROMPTS)]
-        | Annotated[list[Tokens], Field(max_length=MAX_PROMPTS, fail_fast=True)]
-    ) = Field(description="Text, token ids, or a list of either.")
+    prompt: Text | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
+        description="Text, token ids, or a list of either."
+    )
     logprobs: Int32 | None = Field(None, description="How many of the likeliest tokens to tell.")
 
     best_of: Uint32 | None = Field(None, description="No other than n.")

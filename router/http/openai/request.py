@@ -14,6 +14,7 @@ from router.http.openai.fields import (
 
 COMPLETION_TOKENS = 16
 """What OpenAI's clients of completions expect where they say nothing. Chats end where the model does."""
+MAX_PROMPTS = 64
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 _SAME = (
     *("min_tokens", "temperature", "top_p", "min_p", "n", "ignore_eos"),
@@ -34,8 +35,8 @@ def completion_requests(
     if body.logprobs is not None:
         sampling.logprobs = body.logprobs
     prompts = _prompts(body)
-    if not prompts:
-        raise _invalid("prompt", "is empty")
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise _invalid("prompt", f"must be 1 to {MAX_PROMPTS} prompts")
     if len(prompts) > 1 and body.session_id:
         raise _invalid("prompt", "must be one in a session")
     return [

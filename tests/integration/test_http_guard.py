@@ -1,0 +1,350 @@
+"""What a client of the HTTP port can do wrong, or on purpose: each gets an answer in OpenAI's form, or its connection is closed within
+a bound, and nobody else notices.
+"""
+
+import asyncio
+import json
+import socket
+import ssl
+import struct
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.certificates import Authority, put
+from tests.integration.http_house import HttpHouse, http_house
+
+COMPLETION = {"prompt": "x", "max_tokens": 2, "ignore_eos": True}
+
+
+def posted(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> bytes:
+    length = b"content-length: %d" % len(body)
+    lines = (b"POST " + path + b" HTTP/1.1", b"host: here", length, *headers)
+    return b"\r\n".join((*lines, b"", body))
+
+
+def answered(data: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error of the one answer that the data is."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    status = int(head.split(b" ", 2)[1])
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return status, error
+
+
+async def test_what_is_no_http_gets_400_and_a_closed_connection() -> None:
+    async with http_house(0, 0) as here:
+        for data in (
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"NO SUCH THING\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nbad header\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\ncontent-length: two\r\n\r\n",
+            b"GET /\xff\xfe HTTP/1.1\r\nhost: here\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n",
+        ):
+            status, error = answered(await here.say(data))
+            assert (status, error["type"]) == (400, "invalid_request_error"), data
+
+
+NO_REQUESTS: list[tuple[bytes, str | None]] = [
+    (b"", "body"),
+    (b"{", "body"),
+    (b"[1]", "body"),
+    (b"null", "body"),
+    (b'{"prompt": "\xff"}', None),
+    (b'{"prompt": "\\ud800"}', "prompt"),
+    (b'{"prompt": "x", "stop": ["\\udfff"]}', "stop[0]"),
+    (b'{"prompt": "x", "temperature": NaN}', "temperature"),
+    (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
+    (b'{"prompt": "x", "seed": %d}' % 10**40, "seed"),
+    (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", None),
+    (b'{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+    (b'{"prompt": "x", "max_tokens": true}', "max_tokens"),
+    (b'{"prompt": "x", "n": 17}', "n"),
+    (b'{"prompt": "x", "n": 2, "best_of": 3}', "best_of"),
+    (b'{"prompt": "x", "echo": true}', "echo"),
+    (b'{"prompt": "x", "suffix": "y"}', "suffix"),
+    (b'{"prompt": "x", "nonsense": 1}', "nonsense"),
+    (b'{"prompt": "x", "stream_options": {"all": true}}', "stream_options.all"),
+    (b'{"prompt": "x", "logit_bias": {"x": 1}}', "logit_bias"),
+    (b'{"prompt": "x", "logit_bias": {"999": 1}}', "logit_bias[999]"),
+    (b'{"prompt": ""}', "prompt"),
+    (b'{"prompt": []}', "prompt"),
+    (b'{"prompt": [[]]}', "prompt"),
+    (b'{"prompt": [300]}', "prompt"),
+    (b'{"prompt": [1, "x"]}', "prompt[1]"),
+    (b'{"prompt": [' + b'"x",' * 64 + b'"x"]}', "prompt"),
+    (b"[" * 100_000, None),
+    (b'{"prompt": [' + b"1.5," * 100_000 + b"1]}", "prompt[0]"),
+    (b"{" + b",".join(b'"f%d":1' % n for n in range(50_000)) + b"}", "f0"),
+    (b'{"metadata": {' + b",".join(b'"%d":1' % n for n in range(50_000)) + b"}}", "metadata"),
+]
+
+
+async def test_a_body_that_is_no_request_gets_400_naming_the_field() -> None:
+    async with http_house(0, 1) as here:
+        for body, field in NO_REQUESTS:
+            data = posted(body, b"content-type: application/json", b"connection: close")
+            status, error = answered(await here.say(data))
+            assert (status, error["type"]) == (400, "invalid_request_error"), body[:100]
+            assert error["param"] == field, (body[:100], error)
+            assert len(error["message"]) < 2000
+
+
+NO_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].image_url",
+    ),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {"voice": "a"}}, "audio"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"priority": 1000}, "priority"),
+    ({"ttft_slo_seconds": 0.0}, "ttft_slo_seconds"),
+]
+
+
+async def test_what_a_chat_cannot_have_is_refused_by_its_name() -> None:
+    async with http_house(0, 1) as here:
+        for change, field in NO_CHATS:
+            body = {"messages": [{"role": "user", "content": "x"}], **change}
+            answer = await here.client.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+async def test_what_clients_send_without_asking_for_more_is_accepted() -> None:
+    """Fields that ask for nothing: harmless ones, and values that say to do without what is not there."""
+    async with http_house(0, 1) as here:
+        harmless = {
+            "user": "u",
+            "metadata": {"a": "b"},
+            "store": False,
+            "service_tier": "auto",
+            "safety_identifier": "s",
+            "prompt_cache_key": "k",
+        }
+        without = {
+            "tools": [],
+            "tool_choice": "none",
+            "parallel_tool_calls": False,
+            "response_format": {"type": "text"},
+            "modalities": ["text"],
+            "functions": None,
+            "stop": None,
+            "temperature": None,
+            "top_k": -1,
+            "logprobs": False,
+        }
+        chat = {"messages": [{"role": "developer", "content": "x"}], "max_tokens": 1}
+        answer = await here.client.post("/v1/chat/completions", json=chat | harmless | without)
+        assert answer.status_code == 200, answer.text
+        text = COMPLETION | harmless | {"echo": False, "suffix": None, "best_of": 1, "n": 1}
+        answer = await here.client.post("/v1/completions", json=text)
+        assert answer.status_code == 200, answer.text
+
+
+async def test_another_content_type_than_json_is_refused() -> None:
+    async with http_house(0, 1) as here:
+        for kind in ("text/plain", "multipart/form-data", "application/octet-stream", "nonsense"):
+            answer = await here.client.post(
+                "/v1/completions", content=json.dumps(COMPLETION), headers={"content-type": kind}
+            )
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
+            assert "application/json" in answer.json()["error"]["message"]
+
+
+async def test_a_body_over_the_limit_gets_413_and_the_connection_serves_on() -> None:
+    """Told by its length or found out in chunks; the next request of the connection is answered."""
+
+    async def chunks() -> Any:
+        for _ in range(40):
+            yield b" " * 1000
+
+    async with http_house(0, 1, max_message_bytes=20_000) as here:
+        json_type = {"content-type": "application/json"}
+        for content in (b" " * 30_000, chunks()):
+            answer = await here.client.post("/v1/completions", content=content, headers=json_type)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "request_too_large"
+            assert (await here.client.post("/v1/completions", json=COMPLETION)).status_code == 200
+
+
+async def test_a_head_over_the_limit_gets_431_whether_or_not_it_ends() -> None:
+    async with http_house(0, 0, max_metadata_bytes=4096) as here:
+        whole = b"GET /health HTTP/1.1\r\nhost: x\r\nx-much: " + b"y" * 5000 + b"\r\n\r\n"
+        for data in (whole, whole[:-4], b"GET /" + b"z" * 5000 + b" HTTP/1.1\r\n\r\n"):
+            status, error = answered(await here.say(data))
+            assert (status, error["code"]) == (431, "head_too_large")
+
+
+async def test_a_request_that_does_not_arrive_is_given_up() -> None:
+    """Nothing at all, half a head, half a body, and blank lines: 408 and a closed connection within the limit."""
+    async with http_house(0, 0, http_read_timeout_s=0.3) as here:
+        half = posted(b"{}", b"content-type: application/json")[:-1]
+        for data in (b"", b"GET /health HT", half, b"\r\n\r\n"):
+            status, error = answered(await here.say(data))
+            assert (status, error["code"]) == (408, "request_timeout")
+
+
+async def test_a_client_that_sends_drop_by_drop_is_given_up() -> None:
+    """Progress does not prolong the limit."""
+    async with http_house(0, 0, http_read_timeout_s=0.3) as here:
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+        writer.write(b"GET /health HTTP/1.1\r\n")
+
+        async def drip() -> None:
+            while True:
+                writer.write(b"x: y\r\n")
+                await asyncio.sleep(0.02)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(5):
+            status, _ = answered(await reader.readuntil(b"}}"))
+        dripping.cancel()
+        writer.close()
+        assert status == 408
+
+
+async def test_blank_lines_after_an_answer_do_not_keep_a_connection() -> None:
+    async with http_house(0, 0, http_read_timeout_s=0.3) as here:
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        writer.write(b"\r\n\r\n")
+        async with asyncio.timeout(5):
+            status, _ = answered(await reader.read())
+        writer.close()
+        assert status == 408
+
+
+async def test_a_body_in_chunks_is_bounded_with_all_that_is_around_it() -> None:
+    """Chunk extensions and trailers count too: nobody sends without an end."""
+    async with http_house(0, 1, max_message_bytes=2000, max_metadata_bytes=2000) as here:
+        head = b"POST /v1/models HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        extension = b"1;" + b"e" * 40_000
+        trailer = b"0\r\n" + b"x: " + b"t" * 40_000
+        for rest in (extension, trailer):
+            data = await here.say(head + rest)
+            assert b" 413 " in data or b" 405 " in data
+
+
+async def test_a_second_request_before_the_answer_is_dropped_and_the_connection_closed() -> None:
+    """In one piece with the first, or while that one's stream runs; the first one's answer is whole."""
+    async with http_house(0, 1) as here:
+        body = json.dumps(COMPLETION | {"stream": True}).encode()
+        first = posted(body, b"content-type: application/json")
+        data = await here.say(first + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert data.count(b"HTTP/1.1 200") == 1
+        assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_garbage_behind_a_request_cuts_its_stream_and_frees_its_workers() -> None:
+    async with http_house() as here:
+        body = json.dumps(COMPLETION | {"stream": True, "max_tokens": 1500}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+        writer.write(posted(body, b"content-type: application/json"))
+        await reader.readuntil(b"data: ")
+        writer.write(b"\x00\x01\x02 garbage\r\n\r\n")
+        async with asyncio.timeout(5):
+            await reader.read()
+        writer.close()
+        assert await here.house.app.table.idle(5)
+
+
+async def test_a_client_that_does_not_read_loses_its_request() -> None:
+    """Its workers are free once it has stalled for `write_stall_s`, and others are answered meanwhile."""
+    async with http_house(write_stall_s=0.5, client_messages_per_s=1e6) as here:
+        body = json.dumps(
+            COMPLETION | {"stream": True, "max_tokens": 1900, "n": 16, "logprobs": 20}
+        ).encode()
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        stalled.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(stalled, ("127.0.0.1", here.port))
+        await loop.sock_sendall(stalled, posted(body, b"content-type: application/json"))
+        async with asyncio.timeout(10):
+            while not len(here.house.app.table):
+                await asyncio.sleep(0.01)
+        assert (await here.client.post("/v1/completions", json=COMPLETION)).status_code == 200
+        assert await here.house.app.table.idle(30)
+        stalled.close()
+
+
+async def test_a_connection_that_is_reset_frees_the_workers() -> None:
+    async with http_house() as here:
+        body = json.dumps(COMPLETION | {"stream": True, "max_tokens": 1500}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", here.port)
+        writer.write(posted(body, b"content-type: application/json"))
+        await reader.readuntil(b"data: ")
+        raw = writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        assert await here.house.app.table.idle(5)
+
+
+async def test_one_connection_too_many_gets_503() -> None:
+    async with http_house(0, 0, http_max_connections=2) as here:
+        kept = [await asyncio.open_connection("127.0.0.1", here.port) for _ in range(2)]
+        status, error = answered(await here.say(b""))
+        assert (status, error["code"]) == (503, "too_many_connections")
+        kept[0][1].close()
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    answer = await here.client.get("/health")
+                except httpx.ReadError:
+                    continue
+                if answer.status_code == 200:
+                    break
+        kept[1][1].close()
+
+
+async def test_http_over_tls_uses_the_certificates_as_they_are(tmp_path: Path) -> None:
+    """As the gRPC port does: replaced files count from the next handshake on, and a client without a certificate is turned away where
+    one is asked for.
+    """
+    ours, other = Authority.make(tmp_path / "ours"), Authority.make(tmp_path / "other")
+    files, client = ours.issue("router"), ours.issue("client")
+    settings = {
+        "tls_cert_file": files.cert,
+        "tls_key_file": files.key,
+        "tls_client_ca_file": str(ours.ca_file),
+        "fleet_listen": "127.0.0.1:0",
+    }
+
+    def trusting(authority: Authority) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(authority.ca_file))
+        context.load_cert_chain(client.cert, client.key)
+        return context
+
+    async def status(context: ssl.SSLContext, here: HttpHouse) -> int:
+        async with httpx.AsyncClient(verify=context) as asking:
+            answer = await asking.post(f"{here.base_url}/completions", json=COMPLETION)
+            return answer.status_code
+
+    async with http_house(0, 1, scheme="https", **settings) as here:
+        assert await status(trusting(ours), here) == 200
+        nobody = ssl.create_default_context(cafile=str(ours.ca_file))
+        with pytest.raises(httpx.TransportError):
+            await status(nobody, here)
+        put(files, other.issue("router"))
+        with pytest.raises(httpx.ConnectError):
+            await status(trusting(ours), here)
+        assert await status(trusting(other), here) == 200
