@@ -10,10 +10,12 @@ All on the event loop.
 """
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -22,6 +24,7 @@ from router.http.errors import HttpError, of_status
 
 KEEP_ALIVE_S = 75
 """Longer than clients keep a connection that is not used: whoever closes it should be the one that knows whether it sends."""
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 CHUNK_OVERHEAD = 8
 """A body in chunks of one byte takes six times its size."""
 
@@ -48,6 +51,10 @@ class GuardedConnection(HttpToolsProtocol):
         self._received_bytes = 0
         """Of the request that is being read."""
         self._has_head = False
+        self._head = bytearray()
+        """As it came, with what came along."""
+        self._upgrades = False
+        """The head asks for another protocol."""
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
         self._is_over = False
@@ -72,7 +79,11 @@ class GuardedConnection(HttpToolsProtocol):
         if self._reading is None and not self._answers:
             self._expect()
         self._received_bytes += len(data)
+        if not self._has_head:
+            self._head += data
         super().data_received(data)
+        if self._upgrades:
+            self._stay()
         limits = self._limits
         most = limits.max_head_bytes
         if self._has_head:
@@ -105,6 +116,9 @@ class GuardedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._is_over:
             return
+        if self.parser.should_upgrade():
+            self._upgrades = True
+            return
         head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if head_bytes > self._limits.max_head_bytes:
             self._refuse(_HEAD_TOO_LARGE)
@@ -113,11 +127,11 @@ class GuardedConnection(HttpToolsProtocol):
         self._has_head = True
 
     def on_body(self, body: bytes) -> None:
-        if not self._is_over:
+        if not self._is_over and not self._upgrades:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._is_over:
+        if self._is_over or self._upgrades:
             return
         if self._reading is not None:
             self._reading.cancel()
@@ -158,7 +172,26 @@ class GuardedConnection(HttpToolsProtocol):
     def _expect(self) -> None:
         """A request is to be read, within its time."""
         self._received_bytes, self._has_head = 0, False
+        self._head.clear()
         self._reading = self.loop.call_later(self._limits.read_timeout_s, self._read_timed_out)
+
+    def _stay(self) -> None:
+        """Goes on as if nobody had asked for another protocol, as HTTP permits: Java's client asks for HTTP/2 with every first request. The
+        parser leaves the body of such a request unread.
+        """
+        self._upgrades = False
+        head, end, rest = bytes(self._head).partition(b"\r\n\r\n")
+        plain = _UPGRADE.sub(b"", head)
+        if plain == head:
+            self._refuse(of_status(400, "the request is not valid HTTP", code="invalid_http"))
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn's own: what follows a last request is not for the parser to refuse.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._head.clear()
+        super().data_received(plain + end + rest)
+        if self._upgrades:
+            self._stay()
 
     def _read_timed_out(self) -> None:
         self._reading = None

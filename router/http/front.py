@@ -11,9 +11,10 @@ All methods are called on that event loop.
 import asyncio
 from collections.abc import Callable
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from uvicorn import Config
@@ -66,7 +67,9 @@ class HttpFront:
 
     def add(self, routes: APIRouter, *, needs_key: bool = True) -> None:
         """Serves these routes too. Before `start` only. Those without a key may have no parameters in their paths."""
-        self._app.include_router(routes)
+        # What the OpenAPI document says; the edge is what checks.
+        keys = [Security(HTTPBearer(auto_error=False))] if needs_key else []
+        self._app.include_router(routes, dependencies=keys if self._settings.api_keys_file else [])
         if not needs_key:
             each = (route for route in routes.routes if isinstance(route, APIRoute))
             self._edge.open_paths.update(route.path for route in each)

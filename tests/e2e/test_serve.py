@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import openai
 import pytest
 
 from baton.client import Client, SamplingOptions
@@ -98,6 +99,24 @@ def test_with_json_logs_every_line_is_json(serve: Serve) -> None:
     (config,) = [line for line in lines if line.get("kind") == "config"]
     assert config["transport"] == "memory"
     assert any("joined" in line["message"] for line in lines if "level" in line)
+
+
+def test_it_serves_openais_api_where_it_is_told_to(serve: Serve) -> None:
+    """Promise: with --http, the ready line has the address, the banner too, and OpenAI's clients are answered there."""
+    served = serve(*SIM, "--json-logs", "--http", "127.0.0.1:0")
+    http = json.loads(served.stdout.read_text().splitlines()[0])["http"]
+    assert f'"http": "{http}"' in served.output()
+    with openai.OpenAI(base_url=f"http://{http}/v1", api_key="none") as client:
+        (model,) = client.models.list()
+        messages = [{"role": "user", "content": "Tell me a tale."}]
+        answer = client.chat.completions.create(model=model.id, messages=messages, max_tokens=8)  # type: ignore[call-overload]
+        assert answer.usage.completion_tokens > 0
+
+
+def test_an_http_address_that_is_none_is_named() -> None:
+    done = baton("serve", *SIM, "--port", "0", "--metrics-port", "0", "--http", "8000")
+    assert done.returncode == 2
+    assert "--http" in done.stderr
 
 
 def test_a_taken_port_is_named() -> None:

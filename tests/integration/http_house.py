@@ -54,6 +54,17 @@ class HttpHouse:
         """For OpenAI's SDK."""
         return f"{self.scheme}://127.0.0.1:{self.port}/v1"
 
+    async def runs_one(self) -> None:
+        """Returns once the router has a request."""
+        async with asyncio.timeout(10):
+            while not len(self.house.app.table):  # noqa: ASYNC110 - the table tells nobody
+                await asyncio.sleep(0.005)
+
+    def ended(self, outcome: str) -> float:
+        """Requests that ended so."""
+        registry = self.house.app.metrics.registry
+        return registry.get_sample_value("baton_requests_total", {"outcome": outcome}) or 0.0
+
     async def say(self, data: bytes, timeout_s: float = 5.0) -> bytes:
         """What the router answers to these bytes until it closes the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)

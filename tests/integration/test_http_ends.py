@@ -24,7 +24,7 @@ def url(here: Cluster) -> str:
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize(("role", "stage"), STAGES)
 async def test_a_client_that_goes_in_any_stage_leaves_nothing_behind(
-    role: Role, stage: str, stream: bool
+    role: Role, stage: str, *, stream: bool
 ) -> None:
     async with cluster(**LISTEN) as here, httpx.AsyncClient() as client:
         hangs = await hanging(here, role, stage)

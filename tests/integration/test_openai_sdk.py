@@ -90,7 +90,7 @@ async def test_a_conversation_goes_on_with_the_message_that_was_the_answer() -> 
 
 
 async def test_choices_of_each_prompt_stand_in_order() -> None:
-    """n choices for each of several prompts, text or tokens, are those that each prompt gets alone."""
+    """N choices for each of several prompts, text or tokens, are those that each prompt gets alone."""
     async with http_house() as here, sdk(here) as client:
         asked: dict[str, Any] = {"model": "sim", "seed": 5, "max_tokens": 9, "extra_body": SAME}
         alone = [
@@ -240,6 +240,8 @@ async def test_keys_tell_tenants_apart(tmp_path: Path) -> None:
             assert answer.json()["error"]["code"] == "invalid_api_key"
         for path in ("/health", "/ready", "/metrics", "/openapi.json"):
             assert (await here.client.get(path)).status_code == 200
+        document = (await here.client.get("/openapi.json")).json()
+        assert document["paths"]["/v1/completions"]["post"]["security"] == [{"HTTPBearer": []}]
         async with sdk(here, "baton_no_key") as stranger:
             with pytest.raises(openai.AuthenticationError):
                 await stranger.models.list()
@@ -260,18 +262,18 @@ async def test_a_stream_that_is_left_frees_its_workers() -> None:
         assert len(here.house.app.table) == 1
         await stream.close()
         assert await here.house.app.table.idle(5)
+        assert here.ended("cancelled") == 1
 
 
 async def test_a_whole_answer_that_is_left_frees_its_workers() -> None:
     async with http_house() as here:
         body = {"prompt": "x", "max_tokens": 1500, **SAME}
         asking = asyncio.create_task(here.client.post("/v1/completions", json=body))
-        async with asyncio.timeout(5):
-            while not len(here.house.app.table):
-                await asyncio.sleep(0.005)
+        await here.runs_one()
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         assert await here.house.app.table.idle(5)
+        assert here.ended("cancelled") == 1
 
 
 async def test_a_turn_of_a_session_goes_on_with_what_was_said() -> None:
