@@ -132,7 +132,14 @@ def violations(errors: Iterable[Mapping[str, Any]]) -> Iterator[FieldViolation]:
             above = f"{_path(path)}." if path else ""
             found |= {above + name: "there is no such field" for name in error["ctx"]["names"]}
             continue
-        problem = _NOT_AN_OBJECT if error["type"] in _NO_OBJECTS else error["msg"]
+        problem = error["msg"]
+        if error["type"] in _NO_OBJECTS:
+            problem = _NOT_AN_OBJECT
+        elif error["type"] == "union_tag_invalid":
+            # Pydantic's words quote the request.
+            problem = (
+                f"{error['ctx']['discriminator']} must be one of {error['ctx']['expected_tags']}"
+            )
         found[field] = f"{found[field]}; or: {problem}" if field in found else problem
     for field, problem in found.items():
         # Of the alternatives, the one that went furthest was meant.

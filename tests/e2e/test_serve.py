@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -108,9 +109,9 @@ def test_it_serves_openais_api_where_it_is_told_to(serve: Serve) -> None:
     assert f'"http": "{http}"' in served.output()
     with openai.OpenAI(base_url=f"http://{http}/v1", api_key="none") as client:
         (model,) = client.models.list()
-        messages = [{"role": "user", "content": "Tell me a tale."}]
-        answer = client.chat.completions.create(model=model.id, messages=messages, max_tokens=8)  # type: ignore[call-overload]
-        assert answer.usage.completion_tokens > 0
+        messages: Any = [{"role": "user", "content": "Tell me a tale."}]
+        answer = client.chat.completions.create(model=model.id, messages=messages, max_tokens=8)
+        assert answer.choices[0].finish_reason
 
 
 def test_an_http_address_that_is_none_is_named() -> None:

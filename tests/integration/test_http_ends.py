@@ -12,7 +12,7 @@ from baton.types import Role
 from tests.integration.router_fakes import Cluster, CutError, cluster
 from tests.integration.test_router_ends import STAGES, hanging
 
-LISTEN = {"http_listen": "127.0.0.1:0"}
+LISTEN: Any = {"http_listen": "127.0.0.1:0"}
 BODY: dict[str, Any] = {"prompt": list(range(1, 101)), "max_tokens": 10, "seed": 1}
 
 

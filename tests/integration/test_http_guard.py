@@ -69,6 +69,7 @@ NO_REQUESTS: list[tuple[bytes, str | None]] = [
     (b'{"prompt": "x", "echo": true}', "echo"),
     (b'{"prompt": "x", "suffix": "y"}', "suffix"),
     (b'{"prompt": "x", "nonsense": 1}', "nonsense"),
+    (b'{"prompt": "x", "' + b"n" * 100_000 + b'": 1}', "n" * 64),
     (b'{"prompt": "x", "stream_options": {"all": true}}', "stream_options.all"),
     (b'{"prompt": "x", "logit_bias": {"x": 1}}', "logit_bias"),
     (b'{"prompt": "x", "logit_bias": {"999": 1}}', "logit_bias[999]"),
@@ -344,7 +345,7 @@ async def test_http_over_tls_uses_the_certificates_as_they_are(tmp_path: Path) -
     """
     ours, other = Authority.make(tmp_path / "ours"), Authority.make(tmp_path / "other")
     files, client = ours.issue("router"), ours.issue("client")
-    settings = {
+    settings: Any = {
         "tls_cert_file": files.cert,
         "tls_key_file": files.key,
         "tls_client_ca_file": str(ours.ca_file),

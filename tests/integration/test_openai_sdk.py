@@ -139,7 +139,7 @@ async def test_log_probabilities_have_each_endpoints_own_shape() -> None:
         stream: Any = await client.chat.completions.create(
             messages=MESSAGES, logprobs=True, top_logprobs=1, stream=True, **asked
         )
-        entries = []
+        entries: list[Any] = []
         async for piece in stream:
             logprobs = piece.choices[0].logprobs
             entries += [] if logprobs is None else logprobs.content
@@ -232,7 +232,7 @@ async def test_keys_tell_tenants_apart(tmp_path: Path) -> None:
     file = str(tmp_path / "keys.json")
     entry, key = new_key("acme", limits=TenantLimits())
     add_key(file, entry)
-    settings = {"api_keys_file": file, "fleet_listen": "127.0.0.1:0"}
+    settings: Any = {"api_keys_file": file, "fleet_listen": "127.0.0.1:0"}
     async with http_house(0, 1, **settings) as here:
         for path in ("/v1/models", "/v1/completions", "/nowhere"):
             answer = await here.client.post(path, content=b"not read")
@@ -246,8 +246,8 @@ async def test_keys_tell_tenants_apart(tmp_path: Path) -> None:
             with pytest.raises(openai.AuthenticationError):
                 await stranger.models.list()
         async with sdk(here, key) as client:
-            answer = await client.completions.create(model="sim", prompt="x", max_tokens=2)
-            assert answer.choices[0].finish_reason
+            said = await client.completions.create(model="sim", prompt="x", max_tokens=2)
+            assert said.choices[0].finish_reason
         twice = [("authorization", f"Bearer {key}"), ("authorization", "Bearer other")]
         assert (await here.client.get("/v1/models", headers=twice)).status_code == 401
 

@@ -9,6 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -45,6 +46,7 @@ def fuzz(url: str) -> int:
     schema = schemathesis.openapi.from_url(url)
     asked = 0
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok)
         operation = result.ok()
         for mode in GenerationMode:
             if mode is GenerationMode.NEGATIVE and operation.method == "get":

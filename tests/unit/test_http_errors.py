@@ -1,6 +1,7 @@
 """The table between Baton's exceptions and HTTP."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_an_error_tells_when_to_try_again() -> None:
 
 def test_problems_are_named_as_the_client_wrote_their_fields() -> None:
     """Without pydantic's alternatives, of which the one that went furthest counts."""
-    found = [
+    found: list[dict[str, Any]] = [
         {"type": "t", "loc": ("body", "messages", 0, "user", "content", "str"), "msg": "a"},
         {"type": "t", "loc": ("body", "messages", 0, "user", "content", "list[x]", 1), "msg": "b"},
         {

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MAX_NAMED = 8
+MAX_NAME_CHARACTERS = 64
 MAX_ENTRIES = 1024
 
 
@@ -37,7 +38,7 @@ class Fields(BaseModel):
         if isinstance(data, dict):
             unknown = [name for name in data if name not in cls.model_fields]
             if unknown:
-                names = {"names": unknown[:MAX_NAMED]}
+                names = {"names": [name[:MAX_NAME_CHARACTERS] for name in unknown[:MAX_NAMED]]}
                 raise PydanticCustomError("unknown_fields", "unknown fields", names)
         return data
 
