@@ -81,7 +81,6 @@ class RouterApp:
         """Where the settings ask for one."""
         if settings.http_listen:
             self.http = HttpFront(settings, self._ports.access, tls=client_tls(settings))
-            self.http.add(health_routes(self.http, self.fleet, self.metrics), needs_key=False)
         admission = Admission(
             max_running=settings.max_running,
             max_queued=settings.max_queued,
@@ -125,6 +124,7 @@ class RouterApp:
             lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
         )
         if self.http is not None:
+            self.http.add(health_routes(inference, self.metrics), needs_key=False)
             self.http.add(openai_routes(inference, self.model))
         try:
             self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)

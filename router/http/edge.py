@@ -117,7 +117,6 @@ def response_to_status(error: HTTPException) -> Response:
 
 
 _MESSAGES = {
-    400: ("the body cannot be read", "invalid_body"),
     404: ("there is nothing at this path", "unknown_path"),
     405: ("the path does not take this method", "method_not_allowed"),
 }

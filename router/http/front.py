@@ -2,7 +2,7 @@
 
     built      routes are added: `add`
     started    serves; every path needs a key where the clients' gRPC port does, but for those that were added as open
-    drains     /health and /ready say 503, connections close after their answer; what is refused is said by whoever handles it
+    drains     connections close after their answer; what is refused is said by whoever handles it
     stopped    answers that are under way get `STOP_S`, then every connection is cut
 
 All methods are called on that event loop.
@@ -80,10 +80,6 @@ class HttpFront:
         assert self._server is not None
         port: int = self._server.sockets[0].getsockname()[1]
         return port
-
-    @property
-    def draining(self) -> bool:
-        return self._edge.draining
 
     async def start(self) -> None:
         """Listens. Raises `UnavailableError` where the address cannot be bound."""

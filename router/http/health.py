@@ -11,25 +11,24 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 
 from baton.service.metrics import RouterMetrics
-from router.fleet import Fleet
-from router.http.front import HttpFront
+from router.inference import Inference
 
 Responses = dict[int | str, dict[str, Any]]
 
 
-def health_routes(front: HttpFront, fleet: Fleet, metrics: RouterMetrics) -> APIRouter:
+def health_routes(inference: Inference, metrics: RouterMetrics) -> APIRouter:
     """`/health`: the router serves; `/ready`: and so do workers enough for a request; `/metrics`."""
     routes = APIRouter(tags=["health"])
 
     @routes.get("/health", summary="Whether the router serves", responses=_STATES)
     async def health() -> Response:
-        return _state(None if not front.draining else "draining")
+        return _state(None if inference.serves else "draining")
 
     @routes.get("/ready", summary="Whether a request would find workers", responses=_STATES)
     async def ready() -> Response:
-        if front.draining:
+        if not inference.serves:
             return _state("draining")
-        return _state(None if fleet.can_place() else "no workers")
+        return _state(None if inference.can_serve() else "no workers")
 
     @routes.get("/metrics", summary="For Prometheus", responses=_METRICS)
     async def export(request: Request) -> Response:

@@ -50,18 +50,18 @@ async def test_what_is_no_http_gets_400_and_a_closed_connection() -> None:
             assert (status, error["type"]) == (400, "invalid_request_error"), data
 
 
-NO_REQUESTS: list[tuple[bytes, str | None]] = [
+NO_REQUESTS: list[tuple[bytes, str]] = [
     (b"", "body"),
     (b"{", "body"),
     (b"[1]", "body"),
     (b"null", "body"),
-    (b'{"prompt": "\xff"}', None),
+    (b'{"prompt": "\xff"}', "body"),
     (b'{"prompt": "\\ud800"}', "prompt"),
     (b'{"prompt": "x", "stop": ["\\udfff"]}', "stop[0]"),
     (b'{"prompt": "x", "temperature": NaN}', "temperature"),
     (b'{"prompt": "x", "temperature": 1e999}', "temperature"),
     (b'{"prompt": "x", "seed": %d}' % 10**40, "seed"),
-    (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", None),
+    (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "body"),
     (b'{"prompt": "x", "max_tokens": 0}', "max_tokens"),
     (b'{"prompt": "x", "max_tokens": true}', "max_tokens"),
     (b'{"prompt": "x", "n": 17}', "n"),
@@ -79,7 +79,7 @@ NO_REQUESTS: list[tuple[bytes, str | None]] = [
     (b'{"prompt": [300]}', "prompt"),
     (b'{"prompt": [1, "x"]}', "prompt[1]"),
     (b'{"prompt": [' + b'"x",' * 64 + b'"x"]}', "prompt"),
-    (b"[" * 100_000, None),
+    (b"[" * 100_000, "body"),
     (b'{"prompt": [' + b"1.5," * 100_000 + b"1]}", "prompt[0]"),
     (b"{" + b",".join(b'"f%d":1' % n for n in range(50_000)) + b"}", "f0"),
     (b'{"metadata": {' + b",".join(b'"%d":1' % n for n in range(50_000)) + b"}}", "metadata"),
@@ -94,6 +94,7 @@ async def test_a_body_that_is_no_request_gets_400_naming_the_field() -> None:
             assert (status, error["type"]) == (400, "invalid_request_error"), body[:100]
             assert error["param"] == field, (body[:100], error)
             assert len(error["message"]) < 2000
+        assert here.ended("invalid_request") == len(NO_REQUESTS)
 
 
 NO_CHATS: list[tuple[dict[str, Any], str]] = [

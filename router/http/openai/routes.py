@@ -2,15 +2,22 @@
 
 import secrets
 import time
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Annotated
+from http import HTTPStatus
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.access import Caller
 from baton.v1 import inference_pb2
 from router.http.edge import caller_of
+from router.http.errors import violations
 from router.http.openai.documents import ChatCompletion, Completion, Model, Models, answers
 from router.http.openai.fields import ChatRequest, Common, CompletionRequest
 from router.http.openai.forms import ChatForm, Form, TextForm
@@ -36,7 +43,7 @@ _Timeout = Annotated[
 
 def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
     """Everything below `/v1`."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_counting(inference))
     vocabulary = Vocabulary(model.tokenizer)
     created = int(time.time())
 
@@ -94,6 +101,31 @@ def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
         return JSONResponse(described(inference.describe(name, caller)).model_dump())
 
     return routes
+
+
+def _counting(inference: Inference) -> type[APIRoute]:
+    """Routes by which requests that are none count as those that the core refuses."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def counted(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except RequestValidationError as error:
+                    problem = InvalidRequestError(*violations(error.errors()))
+                except InvalidRequestError as error:
+                    problem = error
+                except HTTPException as error:
+                    if error.status_code != HTTPStatus.BAD_REQUEST:
+                        raise
+                    problem = InvalidRequestError(FieldViolation("body", "is not JSON in UTF-8"))
+                return await inference.refuse(problem)
+
+            return counted
+
+    return Route
 
 
 def _request_id(request: Request) -> str:
