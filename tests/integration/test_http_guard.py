@@ -4,6 +4,7 @@ a bound, and nobody else notices.
 
 import asyncio
 import json
+import logging
 import socket
 import ssl
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from baton.service.keys import TenantLimits, add_key, new_key
 from tests.certificates import Authority, put
 from tests.integration.http_house import HttpHouse, http_house
 
@@ -372,3 +374,45 @@ async def test_http_over_tls_uses_the_certificates_as_they_are(tmp_path: Path) -
         with pytest.raises(httpx.ConnectError):
             await status(trusting(ours), here)
         assert await status(trusting(other), here) == 200
+
+
+async def test_no_refusal_quotes_the_request_and_no_log_either(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """At DEBUG, of values that are wrong in every way, and of keys. Names of fields are what a refusal is about."""
+    secret = "swordfish"
+    file = str(tmp_path / "keys.json")
+    entry, key = new_key("acme", limits=TenantLimits())
+    add_key(file, entry)
+    caplog.set_level(logging.DEBUG)
+    said: Any = {"role": "user", "content": secret}
+    chats: list[dict[str, Any]] = [
+        {"messages": [said | {"role": secret}]},
+        {"messages": [said | {"content": [{"type": secret}]}]},
+        {"messages": [said], "tool_choice": secret, "temperature": secret},
+        {"messages": [said], "top_p": 7},
+        {"messages": [said], "stop": [secret * 99]},
+        {"messages": secret},
+    ]
+    answers = []
+    async with http_house(1, 1, api_keys_file=file, fleet_listen="127.0.0.1:0") as here:
+        bearing = {"authorization": f"Bearer {key}"}
+        for chat in chats:
+            answer = await here.client.post("/v1/chat/completions", json=chat, headers=bearing)
+            assert answer.status_code == 400
+            answers.append(answer.text)
+        for content in (f'{{"prompt": "{secret}"', f'"{secret}"'):
+            answer = await here.client.post("/v1/completions", content=content, headers=bearing)
+            assert answer.status_code == 400
+            answers.append(answer.text)
+        for wrong in (f"Bearer {key}x", f"Bearer baton_{secret}_{secret * 4}", secret):
+            answer = await here.client.get("/v1/models", headers={"authorization": wrong})
+            assert answer.status_code == 401
+            answers.append(answer.text)
+        body = COMPLETION | {"prompt": secret}
+        assert (await here.client.post("/v1/completions", json=body, headers=bearing)).is_success
+        answers.append((await here.client.get("/metrics")).text)
+    # The client that runs in this process logs too.
+    ours = [vars(record) for record in caplog.records if not record.name.startswith("http")]
+    for each in (secret, key, key.rpartition("_")[2]):
+        assert each not in repr(ours) + "".join(answers)

@@ -13,6 +13,7 @@ import pytest
 from baton.service.keys import TenantLimits, add_key, new_key
 from baton.v1 import session_pb2
 from tests.integration.http_house import HttpHouse, http_house
+from tests.integration.sim_house import LENGTH, prompt_of
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me a tale of the sea."}]
 SAME = {"ignore_eos": True}
@@ -313,3 +314,13 @@ async def test_a_raw_stream_is_events_and_ends_with_done() -> None:
         events = answer.text.split("\n\n")
         assert events[-2:] == ["data: [DONE]", ""]
         assert all(event.startswith("data: {") for event in events[:-2])
+
+
+async def test_an_answer_over_http_is_the_one_over_grpc() -> None:
+    """Token for token, for the same seed and parameters: both fronts ask one core."""
+    async with http_house() as here:
+        prompt = prompt_of(4)
+        over_grpc = await here.house.generate(4)
+        body = {"prompt": list(prompt), "seed": 4, "max_tokens": LENGTH, **SAME}
+        over_http = await here.client.post("/v1/completions", json=body)
+        assert over_http.json()["choices"][0]["text"] == over_grpc.text != ""
