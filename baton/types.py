@@ -40,6 +40,18 @@ class AttemptKey:
         return f"{self.request_id}#{self.attempt}"
 
 
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """The span that what follows belongs to, as W3C Trace Context's two headers name it."""
+
+    traceparent: str = ""
+    """Empty where there is none."""
+    tracestate: str = ""
+
+
+NO_TRACE = TraceContext()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Resolved: every default is filled in, every value in range."""

@@ -25,12 +25,36 @@ from baton.engine.base import (
     Token,
 )
 from baton.errors import BatonError, CancelledError, PreconditionError
+from baton.lifecycle import Event
 from baton.service.groups import first_error
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVTransport, PullRequest
 from baton.transfer.layout import split_range
-from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
+from baton.types import (
+    NO_TRACE,
+    AttemptKey,
+    FinishReason,
+    Sequence,
+    TokenChunk,
+    TraceContext,
+)
+from baton.worker.calls import Method, Stage, WorkerCall, one_call
 from decode_worker.events import EventReader
+
+SERVICE = "baton.v1.DecodeService"
+_QUEUE = Stage("queue", Event.RECEIVED, Event.RESERVED)
+_GENERATE = Stage("generate", Event.KV_RECEIVED, Event.FINISHED)
+TAKES_KV = Method(
+    SERVICE,
+    "Decode",
+    # Prefill's token, the first one, says that the KV is there to be taken.
+    (_QUEUE, Stage("handoff", Event.FIRST_TOKEN, Event.KV_RECEIVED), _GENERATE),
+)
+COMPUTES_KV = Method(
+    SERVICE,
+    "Decode",
+    (_QUEUE, Stage("compute", Event.RESERVED, Event.KV_RECEIVED), _GENERATE),
+)
 
 _T = TypeVar("_T")
 
@@ -48,6 +72,8 @@ class DecodeJob:
     digest: str
     timeout_s: float
     """What is left of the caller's deadline."""
+    trace: TraceContext = NO_TRACE
+    """The router's attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +114,10 @@ JobEvent = JobReserved | JobKvReceived | JobTokens | JobFinished
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a job has come, by this process's monotonic clock."""
+    """How far a job has come."""
 
-    opened_s: float
-    reserved_s: float = 0.0
+    call: WorkerCall
+    reserved: bool = False
     cached_tokens: int = 0
     preemptions: int = 0
     has_kv: bool = False
@@ -107,31 +133,35 @@ class Decoder:
 
     async def run(self, job: DecodeJob) -> AsyncGenerator[JobEvent, None]:
         """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
-        with self._host.call() as outcome:
+        method = COMPUTES_KV if job.source is None else TAKES_KV
+        with one_call(self._host, method, job.key, job.trace) as call:
             own = self._engine.info.spec.digest
             if job.digest != own:
                 raise PreconditionError(f"this worker's KV digest is {own}, not {job.digest}")
-            progress = _Progress(opened_s=time.monotonic())
+            progress = _Progress(call)
             mode = Mode.LOCAL if job.source is None else Mode.DECODE
             async with (
                 self._engine.open(EngineRequest(job.key, job.sequence, mode)) as batches,
                 EventReader(batches) as reader,
             ):
                 async for batch in reader:
-                    if not progress.reserved_s:
+                    if not progress.reserved:
                         yield self._reserved(batch[0], progress)
                         if job.source is not None:
                             yield await self._take_kv(job, job.source, progress, reader)
                     for told in self._tell(batch, job, progress):
                         if isinstance(told, JobFinished):
-                            outcome.done()
+                            call.facts["baton.preemptions"] = told.preemptions
+                            call.outcome.done()
                         yield told
 
     def _reserved(self, event: EngineEvent, progress: _Progress) -> JobReserved:
         assert isinstance(event, Reserved | Started), event
-        progress.reserved_s = time.monotonic()
+        call = progress.call
+        progress.reserved = True
         progress.cached_tokens = event.cached_tokens
-        queue_s = progress.reserved_s - progress.opened_s
+        call.facts["baton.cached_tokens"] = event.cached_tokens
+        queue_s = call.record(Event.RESERVED) - call.timeline.received_s
         self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
         return JobReserved(queue_s, event.cached_tokens)
 
@@ -147,8 +177,10 @@ class Decoder:
             return
         if not progress.has_kv:
             progress.has_kv = True
+            progress.call.record(Event.KV_RECEIVED)
+            timeline = progress.call.timeline
             self._host.metrics.record_prefill(
-                time.monotonic() - progress.reserved_s,
+                timeline.between_s(Event.RESERVED, Event.KV_RECEIVED) or 0.0,
                 computed_tokens=len(job.sequence) - progress.cached_tokens,
             )
             yield JobKvReceived(0, 0.0)
@@ -165,6 +197,8 @@ class Decoder:
         with self._failures_counted():
             received = await _watched(self._transfer(job, address, progress), reader)
         progress.has_kv = True
+        progress.call.record(Event.KV_RECEIVED)
+        progress.call.facts["baton.handoff.bytes"] = received.kv_bytes
         self._host.metrics.record_handoff(received.handoff_s, received.kv_bytes)
         return received
 
@@ -184,15 +218,23 @@ class Decoder:
     async def _transfer(self, job: DecodeJob, address: str, progress: _Progress) -> JobKvReceived:
         """Pulls and imports what the prefix cache did not hold, and starts to generate from prefill's token."""
         spec, settings = self._engine.info.spec, self._host.settings
-        end_s = progress.opened_s + job.timeout_s
+        end_s = progress.call.timeline.received_s + job.timeout_s
         source_key = job.source_key or job.key
         ready = await self._transport.ready(address, source_key, _left(end_s))
+        progress.call.record(Event.FIRST_TOKEN)
+        handoff = progress.call.handoff = progress.call.span.child()
         kv_bytes = 0
         length = len(job.sequence)
         for first, last in split_range(
             progress.cached_tokens, length, spec.token_bytes, settings.max_pull_bytes
         ):
-            request = PullRequest(key=source_key, first=first, last=last, digest=spec.digest)
+            request = PullRequest(
+                key=source_key,
+                first=first,
+                last=last,
+                digest=spec.digest,
+                trace=handoff.context,
+            )
             timeout_s = min(_left(end_s), settings.handoff_timeout_s)
             async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
                 kv_bytes += kv.data.nbytes

@@ -14,11 +14,14 @@ from baton.codec import (
 )
 from baton.errors import FieldViolation, InvalidRequestError, PreconditionError
 from baton.service.calls import Context, time_left_s
+from baton.service.tracing import trace_of
 from baton.service.tunnel import Method
 from baton.service.worker_host import WorkerHost
 from baton.types import AttemptKey
 from baton.v1 import decode_pb2, decode_pb2_grpc
+from baton.worker.calls import bind_attempt
 from decode_worker.decoder import (
+    TAKES_KV,
     DecodeJob,
     Decoder,
     JobEvent,
@@ -29,7 +32,7 @@ from decode_worker.decoder import (
 )
 from decode_worker.held import HeldAttempt, HeldAttempts, Terms
 
-SERVICE = "baton.v1.DecodeService"
+SERVICE = TAKES_KV.service
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -55,7 +58,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             source_key=_source_key(request),
             digest=request.kv_digest,
             timeout_s=time_left_s(context, self._host.settings.default_timeout_s),
+            trace=trace_of(context.invocation_metadata() or ()),
         )
+        bind_attempt(job.key)
         terms = Terms(record=record_from_proto(request.record), grace_s=request.grace_seconds)
         attempt = self._attempts.start(job, terms, self._decoder.run(job))
 
@@ -68,6 +73,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.DecodeServiceAttachRequest, context: Context
     ) -> None:
         attempt = self._attempts.get(key_from_proto(request.key))
+        bind_attempt(attempt.job.key)
 
         async def write(event: JobEvent) -> None:
             await context.write(_to_proto(event))

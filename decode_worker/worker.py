@@ -10,6 +10,7 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, tunnel_pb2_grpc
+from baton.worker.calls import exported
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE, DecodeServicer
@@ -48,7 +49,7 @@ class DecodeWorker:
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         """See `KVSource.pull`."""
-        return await self._source.pull(request)
+        return await exported(self.host, request, self._source.pull)
 
     async def stop(self) -> None:
         self.host.refuse_calls()

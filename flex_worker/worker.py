@@ -14,6 +14,7 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVSource, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.worker.calls import exported
 from decode_worker.decoder import Decoder
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE as DECODE_SERVICE
@@ -66,7 +67,7 @@ class FlexWorker:
         return await self._source_of(key).ready(key, timeout_s)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
-        return await self._source_of(request.key).pull(request)
+        return await exported(self.host, request, self._source_of(request.key).pull)
 
     def _source_of(self, key: AttemptKey) -> KVSource:
         """No attempt is in both phases on one worker."""

@@ -33,11 +33,30 @@ from baton.errors import (
     UnavailableError,
 )
 from baton.kv.spec import WireKV
+from baton.lifecycle import Event
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.transfer.layout import meta_of, split_range
-from baton.types import AttemptKey, FinishReason, Sequence, TokenChunk
+from baton.types import (
+    NO_TRACE,
+    AttemptKey,
+    FinishReason,
+    Sequence,
+    TokenChunk,
+    TraceContext,
+)
+from baton.worker.calls import Method, Stage, WorkerCall, one_call
 from prefill_worker.handoffs import Handoff, Handoffs
+
+PREFILL = Method(
+    "baton.v1.PrefillService",
+    "Prefill",
+    (
+        Stage("queue", Event.RECEIVED, Event.PREFILL_STARTED),
+        Stage("compute", Event.PREFILL_STARTED, Event.FIRST_TOKEN),
+        Stage("hold", Event.FIRST_TOKEN, Event.KV_RECEIVED),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +68,8 @@ class PrefillJob:
     skip_tokens: int
     """Leading tokens whose KV decode already holds."""
     digest: str
+    trace: TraceContext = NO_TRACE
+    """The router's attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +108,9 @@ JobEvent = JobStarted | JobProgress | JobFirstToken | JobHanded
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a job has come, by this process's monotonic clock."""
+    """How far a job has come."""
 
-    opened_s: float
-    started_s: float = 0.0
+    call: WorkerCall
     cached_tokens: int = 0
     computed: bool = False
     """Whether the first token is out."""
@@ -110,9 +130,9 @@ class Prefiller:
 
     async def run(self, job: PrefillJob) -> AsyncGenerator[JobEvent, None]:
         """Yields what happens to a job. The caller closes the iterator, which releases everything that the job holds."""
-        with self._host.call() as outcome:
+        with one_call(self._host, PREFILL, job.key, job.trace) as call:
             self._check(job)
-            progress = _Progress(opened_s=time.monotonic())
+            progress = _Progress(call)
             with (
                 self._copies(job) as copies,
                 self._handoffs.attempt(job.key, len(job.sequence), copies) as handoff,
@@ -125,7 +145,7 @@ class Prefiller:
                             told = [self._tell(e, job, progress, handoff) for e in batch]
                             del batch  # it holds copies, which a pull frees
                             if progress.finished:
-                                outcome.done()
+                                call.outcome.done()
                             for event in told:
                                 if event is not None:
                                     yield event
@@ -136,8 +156,8 @@ class Prefiller:
                         handoff.raise_if_ended()
                         raise
                     if not progress.finished:
-                        handed = await self._hand_over(job, handoff)
-                        outcome.done()
+                        handed = await self._hand_over(job, handoff, call)
+                        call.outcome.done()
                         yield handed
 
     async def release(self, key: AttemptKey) -> bool:
@@ -221,11 +241,10 @@ class Prefiller:
     def _tell(
         self, event: EngineEvent, job: PrefillJob, progress: _Progress, handoff: Handoff
     ) -> JobEvent | None:
-        now_s = time.monotonic()
+        call = progress.call
         if isinstance(event, Started):
-            progress.started_s = now_s
             progress.cached_tokens = event.cached_tokens
-            queue_s = now_s - progress.opened_s
+            queue_s = call.record(Event.PREFILL_STARTED) - call.timeline.received_s
             self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
             return JobStarted(queue_s, event.cached_tokens)
         if isinstance(event, Progress):
@@ -234,8 +253,11 @@ class Prefiller:
             handoff.keep(event.first, event.last, event.kv)
         if isinstance(event, Token):
             progress.computed = True
-            prefill_s = now_s - progress.started_s
+            call.record(Event.FIRST_TOKEN)
+            prefill_s = call.timeline.between_s(Event.PREFILL_STARTED, Event.FIRST_TOKEN) or 0.0
             computed = len(job.sequence) - progress.cached_tokens
+            call.facts["baton.computed_tokens"] = computed
+            call.facts["baton.cached_tokens"] = progress.cached_tokens
             self._host.metrics.record_prefill(prefill_s, computed_tokens=computed)
             progress.finished = event.finish is not None
             if progress.finished:
@@ -247,7 +269,7 @@ class Prefiller:
             self._host.metrics.record_preemption()
         return None
 
-    async def _hand_over(self, job: PrefillJob, handoff: Handoff) -> JobHanded:
+    async def _hand_over(self, job: PrefillJob, handoff: Handoff, call: WorkerCall) -> JobHanded:
         """Holds the blocks until decode has pulled what it lacks."""
         since_s = time.monotonic()
         try:
@@ -260,5 +282,7 @@ class Prefiller:
         except (asyncio.CancelledError, CancelledError):
             self._host.metrics.record_handoff_failure(CancelledError.reason)
             raise
-        self._host.metrics.record_handoff(time.monotonic() - since_s, handoff.kv_bytes)
+        call.facts["baton.handoff.bytes"] = handoff.kv_bytes
+        handed_s = call.record(Event.KV_RECEIVED)
+        self._host.metrics.record_handoff(handed_s - since_s, handoff.kv_bytes)
         return JobHanded(handoff.kv_bytes)

@@ -11,10 +11,12 @@ from baton.codec import (
     worker_info_to_proto,
 )
 from baton.service.calls import Context, bounded
+from baton.service.tracing import trace_of
 from baton.service.tunnel import Method
 from baton.service.worker_host import WorkerHost
 from baton.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_worker.prefiller import (
+    PREFILL,
     JobEvent,
     JobFirstToken,
     JobHanded,
@@ -24,7 +26,7 @@ from prefill_worker.prefiller import (
     PrefillJob,
 )
 
-SERVICE = "baton.v1.PrefillService"
+SERVICE = PREFILL.service
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -47,6 +49,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             sequence=sequence_from_proto(request.sequence),
             skip_tokens=request.skip_tokens,
             digest=request.kv_digest,
+            trace=trace_of(context.invocation_metadata() or ()),
         )
         async with (
             bounded(context, self._host.settings.default_timeout_s),

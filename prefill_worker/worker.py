@@ -10,6 +10,7 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.worker.calls import exported
 from prefill_worker.prefiller import Prefiller
 from prefill_worker.servicer import SERVICE, PrefillServicer
 
@@ -44,7 +45,7 @@ class PrefillWorker:
         return await self._prefiller.ready(key, timeout_s)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
-        return await self._prefiller.pull(request)
+        return await exported(self.host, request, self._prefiller.pull)
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance."""

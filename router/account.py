@@ -1,18 +1,28 @@
-"""What is known of one request while it is served: the source of its client's last message, its metrics and its deadline error.
+"""What is known of one request while it is served: the source of its client's last message, its metrics, its span, its line in the log
+and its deadline error.
 
 Written by the request's own task on the router's event loop.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from baton import codec
-from baton.errors import BatonError, CancelledError, DeadlineError, InternalError
+from baton.errors import (
+    BatonError,
+    CancelledError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+)
 from baton.lifecycle import Event, Timeline
-from baton.service.metrics import RouterMetrics
+from baton.service.metrics import RouterMetrics, outcome_of
+from baton.service.tracing import NO_SPAN, Span
 from baton.types import FinishReason
 from baton.v1 import inference_pb2 as pb
 from router.answer import Answer
@@ -20,6 +30,11 @@ from router.outcome import AttemptStats
 from router.output import Output
 from router.sessions.turn import Turn
 from router.validation import ValidRequest
+
+_log = logging.getLogger(__name__)
+
+ORDINARY = (CancelledError, InvalidRequestError, NotFoundError)
+"""Ends that are the client's doing: no operator asks about them."""
 
 
 @dataclass(slots=True)
@@ -29,10 +44,16 @@ class Account:
     timeline: Timeline
     stage: str = "validation"
     """What the request waits for until it is generating."""
+    operation: str = "text_completion"
+    """As OpenTelemetry's conventions name what is asked for."""
+    model: str = ""
+    span: Span = NO_SPAN
     request: ValidRequest | None = None
     answer: Answer | None = None
     turn: Turn | None = None
     """Set where the request is a session's turn."""
+    error: BatonError | None = None
+    """What the request failed with, once it has ended."""
 
     @property
     def waits_for(self) -> str:
@@ -55,25 +76,38 @@ class Account:
     @asynccontextmanager
     async def counted(self, metrics: RouterMetrics) -> AsyncIterator[None]:
         """Counts the request when the context ends, whatever became of it."""
-        error: BatonError | None = None
         try:
             yield
         except BatonError as failure:
-            error = failure
+            self.error = failure
             raise
         except asyncio.CancelledError:
-            error = CancelledError("the client went away")
+            self.error = CancelledError("the client went away")
             raise
         except Exception:
-            error = InternalError("a bug")
+            self.error = InternalError("a bug")
             raise
         finally:
             metrics.record_request(
                 self.timeline,
-                error,
+                self.error,
                 prompt_tokens=self.prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self.completion_tokens,
+            )
+            self._log_end()
+
+    def _log_end(self) -> None:
+        quiet = self.error is None or isinstance(self.error, ORDINARY)
+        level = logging.DEBUG if quiet else logging.INFO
+        if _log.isEnabledFor(level):
+            _log.log(
+                level,
+                "request ended: %s after %.3f s, %d prompt tokens, %d generated",
+                outcome_of(self.error),
+                time.monotonic() - self.timeline.received_s,
+                self.prompt_tokens,
+                self.completion_tokens,
             )
 
     @asynccontextmanager

@@ -17,6 +17,7 @@ from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Timeline
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
+from baton.service.tracing import NO_SPAN, Span
 from baton.types import FinishReason
 from router.attach import HeldAttempt
 from router.fleet import Fleet
@@ -67,8 +68,9 @@ class Answer:
         deadline_s: float,
         hashes: SequenceHashes,
         resumption: Resumption = NOTHING,
+        span: Span = NO_SPAN,
     ) -> None:
-        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's."""
+        """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's; `span` is the request's."""
         self._request = request
         self._hashes = hashes
         self._fleet = fleet
@@ -103,6 +105,7 @@ class Answer:
                 hashes=hashes.fork(),
                 choice=choice,
                 held=resumption.held.get(choice),
+                span=span,
             )
             self.outputs.append(output)
             self.generations.append(generation)

@@ -9,6 +9,9 @@ All methods are called on the event loop on which it was started.
 
 import asyncio
 import logging
+import os
+import socket
+import time
 from functools import partial
 
 import grpc
@@ -17,6 +20,8 @@ from baton.errors import BatonError, DrainingError
 from baton.service.access import Access
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
+from baton.service.status_line import Snapshot, StatusLine, buckets, totals, used_share
+from baton.service.tracing import NoTracing, Tracing, open_tracing
 from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
 from router.admission import Admission
 from router.autoscaler import Autoscaler
@@ -89,6 +94,8 @@ class RouterApp:
         )
         self.table = RequestTable(admission, self.metrics)
         self._sessions: SessionManager | None = None
+        self._tracing: Tracing = NoTracing()
+        self._status_line = StatusLine(self._snapshot, settings.status_line_s)
         self.metrics_port = 0
         self._autoscaling: asyncio.Task[None] | None = None
 
@@ -110,6 +117,9 @@ class RouterApp:
         sessions = self._sessions = SessionManager(
             store, self._settings, SessionMetrics(self.metrics.registry)
         )
+        tracing = self._tracing = open_tracing(
+            self._settings, "baton-router", f"{socket.gethostname()}-{os.getpid()}"
+        )
         inference = Inference(
             self.model,
             self.fleet,
@@ -117,6 +127,7 @@ class RouterApp:
             sessions,
             settings=self._settings,
             metrics=self.metrics,
+            tracing=tracing,
         )
         fleet = FleetServicer(self.fleet, self.model, self._settings)
         self._ports.register_for_clients(partial(self._add_client_services, inference, sessions))
@@ -135,9 +146,11 @@ class RouterApp:
             await self._ports.stop()
             await sessions.close()
             self.metrics.close()
+            await asyncio.to_thread(tracing.close)
             raise
         sessions.start()
         await self._ports.set_serving(serving=True)
+        self._status_line.start()
         if self._settings.autoscale:
             autoscaler = Autoscaler(self.fleet, self._settings)
             self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
@@ -174,7 +187,29 @@ class RouterApp:
         await self.fleet.close()
         if self._sessions is not None:
             await self._sessions.close()
+        await self._status_line.close()
         self.metrics.close()
+        await asyncio.to_thread(self._tracing.close)
+
+    async def _snapshot(self) -> Snapshot:
+        registry, ttft = self.metrics.registry, "baton_time_to_first_token_seconds"
+        prompt, cached, completion, handed = (
+            f"baton_{name}_total"
+            for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "handoff_bytes")
+        )
+        done = totals(registry, prompt, cached, completion, handed)
+        return Snapshot(
+            at_s=time.monotonic(),
+            prompt_tokens=done[prompt],
+            # Those of a request are counted at its end.
+            generated_tokens=done[completion] + self.table.completion_tokens,
+            reused_tokens=done[cached],
+            handoff_bytes=done[handed],
+            running=len(self.table) - self.table.num_waiting,
+            waiting=self.table.num_waiting,
+            kv_used=used_share(self.fleet.registry.loads()),
+            ttft_s=buckets(registry, ttft),
+        )
 
     def _add_client_services(
         self,

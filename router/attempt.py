@@ -37,6 +37,7 @@ from baton.errors import (
     UnavailableError,
 )
 from baton.lifecycle import Event, Timeline
+from baton.service.tracing import NO_SPAN, Span
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -103,10 +104,12 @@ class Attempt:
         attach: bool = False,
         moved: Moved | None = None,
         elsewhere: Callable[[], bool] = lambda: False,
+        span: Span = NO_SPAN,
     ) -> None:
         """`deadline_s` is on the monotonic clock; to keep it is the caller's part, the workers are told what is left of it. With `attach`,
         decode holds an attempt of that key and sequence; with `moved`, another one holds the KV of the sequence, and the token after it
         is known. The pair has no prefill worker then. `elsewhere` tells whether the attempt could go on at another decode worker.
+        The workers' spans are below `span`, which the caller ends.
         """
         self._key = key
         self._sequence = sequence
@@ -120,6 +123,7 @@ class Attempt:
         self._attach = attach
         self._moved = moved
         self._elsewhere = elsewhere
+        self.span = span
         self._leaves_at: int | None = None
         """Output position after decode's last token, once it has stopped."""
         self.left: Moved | None = None
@@ -214,7 +218,7 @@ class Attempt:
             request.source.worker_id = self._moved.member.worker_id
             request.source.transfer_address = self._moved.member.info.transfer_address
             request.source.key.CopyFrom(codec.key_to_proto(self._moved.key))
-        return member.call_decode(request, self._remaining_s())
+        return member.call_decode(request, self._remaining_s(), self.span.context)
 
     def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
         if self._over.is_set():
@@ -312,7 +316,8 @@ class Attempt:
             kv_digest=member.info.spec.digest,
         )
         broken = await consume(
-            lambda: member.call_prefill(request, self._remaining_s()), self._on_prefill
+            lambda: member.call_prefill(request, self._remaining_s(), self.span.context),
+            self._on_prefill,
         )
         if not broken.from_worker:
             member.release_prefill(self._key)

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from baton.errors import BatonError, CapacityError, DrainingError, UnavailableError
 from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
-from baton.service.logging import for_request
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
+from baton.service.tracing import NO_SPAN, Span
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -34,10 +34,10 @@ from baton.types import (
     Sequence,
     TokenChunk,
     WorkerId,
-    WorkerInfo,
 )
 from router.attach import HeldAttempt
 from router.attempt import Attempt, Moved, Terms
+from router.attempt_span import attempt_traced
 from router.fleet import Fleet
 from router.members import Pair
 from router.outcome import AttemptStats, Failure
@@ -82,14 +82,16 @@ class Generation:
         hashes: SequenceHashes,
         choice: int = 0,
         held: HeldAttempt | None = None,
+        span: Span = NO_SPAN,
     ) -> None:
         """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's, and belong to the
-        generation from now on. `held` is to be gone on with; the output is empty all the same.
+        generation from now on. `held` is to be gone on with; the output is empty all the same. `span` is the request's.
         """
         self._request = request
         self._hashes = hashes
         self._sampling = replace(request.sampling, choice=choice) if choice else request.sampling
         self._held = held
+        self._span = span
         self._output = output
         self._timeline = timeline
         self._fleet = fleet
@@ -186,10 +188,11 @@ class Generation:
         generated = held.sequence.generated
         if generated:
             self._output.put(TokenChunk(0, generated))
+        pair = Pair(None, held.member)
         attempt = Attempt(
             held.key,
             held.sequence,
-            Pair(None, held.member),
+            pair,
             sink=self._output.put,
             timeline=self._timeline,
             deadline_s=self._deadline_s,
@@ -197,9 +200,10 @@ class Generation:
             on_kv_received=self.prompt_cached.set,
             attach=True,
             elsewhere=self._elsewhere,
+            span=self._span.child(),
         )
-        await self._run(attempt, held.member.info)
-        return self._outcome(attempt, "", held.member.info, len(generated))
+        await self._run(attempt, pair, len(generated))
+        return self._outcome(attempt, pair, len(generated))
 
     async def _attempt(
         self, placement: Placement, moved: Moved | None
@@ -224,20 +228,28 @@ class Generation:
                 on_kv_received=self.prompt_cached.set,
                 moved=moved,
                 elsewhere=self._elsewhere,
+                span=self._span.child(),
             )
-            await self._run(attempt, placement.decode.info)
+            await self._run(attempt, held.pair, len(generated))
         if not generated and attempt.failure is None:
             self._compare(placement.predicted_ttft_s)
-        prefill = placement.prefill
-        prefill_worker = "" if prefill is None else prefill.info.worker_id
-        return self._outcome(attempt, prefill_worker, placement.decode.info, len(generated))
+        return self._outcome(attempt, held.pair, len(generated))
 
-    async def _run(self, attempt: Attempt, decode: WorkerInfo) -> None:
-        self.decode_worker = decode.worker_id
+    async def _run(self, attempt: Attempt, pair: Pair, resumed_tokens: int) -> None:
+        self.decode_worker = pair.decode.worker_id
         self._timeline.record(Event.PLACED, time.monotonic())
         self._stage = lambda: attempt.stage.value
         self.stats = attempt.stats
-        await attempt.run()
+        with attempt_traced(
+            attempt.span,
+            self._timeline,
+            attempt,
+            pair,
+            number=len(self.reports),
+            choice=self._sampling.choice,
+            resumed_tokens=resumed_tokens,
+        ):
+            await attempt.run()
 
     def _compare(self, predicted_ttft_s: float | None) -> None:
         ttft_s = self._timeline.between_s(Event.PLACED, Event.FIRST_TOKEN)
@@ -245,7 +257,7 @@ class Generation:
             self._metrics.record_ttft_error(ttft_s - predicted_ttft_s)
 
     def _outcome(
-        self, attempt: Attempt, prefill_worker: str, decode: WorkerInfo, resumed_tokens: int
+        self, attempt: Attempt, pair: Pair, resumed_tokens: int
     ) -> tuple[Failure | None, FinishReason | None]:
         reason = self._output.end or attempt.finish_reason
         # An output that has its last token is complete, even if its worker died before saying so.
@@ -254,11 +266,12 @@ class Generation:
             raise CapacityError("the client does not read its stream")
         if reason is None and attempt.left is not None:
             self._moved = attempt.left
-            failure = Failure(DrainingError("decode drains; its KV moves on"), decode.worker_id)
+            why = DrainingError("decode drains; its KV moves on")
+            failure = Failure(why, pair.decode.worker_id)
         error: BatonError | None = None if failure is None else failure.error
         report = Report(
-            prefill_worker=prefill_worker,
-            decode_worker=decode.worker_id,
+            prefill_worker="" if pair.prefill is None else pair.prefill.worker_id,
+            decode_worker=pair.decode.worker_id,
             failure="" if error is None else f"{error.reason}: {error.message}",
             resumed_tokens=resumed_tokens,
         )
@@ -267,7 +280,7 @@ class Generation:
             self._avoid.clear()
             self._fruitless = 0
         if self._output.generated:
-            self._digest = decode.spec.digest
+            self._digest = pair.decode.info.spec.digest
         return failure, reason
 
     async def _recover(self, failure: Failure) -> None:
@@ -289,9 +302,8 @@ class Generation:
         self.reports.append(report)
         self._metrics.record_attempt(error)
         if error is not None:
-            log = for_request(_log, self._request.request_id)
             level = logging.INFO if isinstance(error, DrainingError) else logging.WARNING
-            log.log(level, "attempt %d ended: %s", len(self.reports) - 1, report.failure)
+            _log.log(level, "attempt %d ended: %s", len(self.reports) - 1, report.failure)
         if stats.prefill_s:
             self._metrics.record_prefill(stats.prefill_s)
         if stats.handoff_bytes:

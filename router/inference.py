@@ -27,8 +27,10 @@ from baton.errors import (
 from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
 from baton.service.access import Caller
+from baton.service.logging import bind
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
+from baton.service.tracing import Origin, Tracing
 from baton.v1 import inference_pb2 as pb
 from router.account import Account
 from router.answer import NOTHING, Answer, Resumption
@@ -37,6 +39,7 @@ from router.chat import ChatTurn
 from router.fleet import Fleet
 from router.model import ServedModel
 from router.output import Piece
+from router.request_span import request_traced
 from router.requests import RequestTable
 from router.resume import resume
 from router.sessions.manager import SessionManager
@@ -50,6 +53,9 @@ MAX_REST_S = 0.1
 """Tokens that wait longer would be seen to come in jerks."""
 INLINE_BYTES = 8192
 """Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
+
+
+UNTOLD = Origin()
 
 
 class AnswerStream(Protocol):
@@ -72,6 +78,7 @@ class Inference:
         *,
         settings: RouterSettings,
         metrics: RouterMetrics,
+        tracing: Tracing,
     ) -> None:
         self._model = model
         self._fleet = fleet
@@ -79,6 +86,7 @@ class Inference:
         self._sessions = sessions
         self._settings = settings
         self._metrics = metrics
+        self._tracing = tracing
         self._since_s = time.monotonic()
 
     async def generate(
@@ -88,19 +96,25 @@ class Inference:
         stream: AnswerStream,
         *,
         timeout_s: float | None = None,
+        origin: Origin = UNTOLD,
     ) -> None:
         """Writes one Accepted, Chunks, and one Finished. `timeout_s` is the client's; None stands for the settings' default."""
         now_s = time.monotonic()
         deadline_s = now_s + self._timeout_s(timeout_s)
         account = Account(Timeline(received_s=now_s))
+        if request.WhichOneof("prompt") == "chat":
+            account.operation = "chat"
         session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)
         async with (
+            request_traced(self._tracing, origin, account, self._settings),
             account.counted(self._metrics),
             session as account.turn,
             account.bounded(deadline_s),
         ):
             facts = await self._facts()
+            account.model = facts.model
             valid = account.request = await self._parse(request, facts, caller, account.turn)
+            bind(request=valid.request_id)
             account.stage = "admission"
             if time.monotonic() >= deadline_s:
                 # Not for admission to refuse: no later try with this deadline can succeed.
@@ -122,17 +136,24 @@ class Inference:
         stream: AnswerStream,
         *,
         timeout_s: float | None = None,
+        origin: Origin = UNTOLD,
     ) -> None:
         """Writes one Accepted, the Chunks that the client lacks, and one Finished."""
         now_s = time.monotonic()
         deadline_s = now_s + self._timeout_s(timeout_s)
         account = Account(Timeline(received_s=now_s))
         tenant = caller.tenant
-        async with account.counted(self._metrics), account.bounded(deadline_s):
+        async with (
+            request_traced(self._tracing, origin, account, self._settings),
+            account.counted(self._metrics),
+            account.bounded(deadline_s),
+        ):
             facts = await self._facts()
+            account.model = facts.model
             account.stage = "attach"
             valid, resumption = resume(request, await self._find(request.request_id, tenant))
             account.request = valid
+            bind(request=valid.request_id)
             deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
             self._table.replace(valid.request_id, tenant)
             # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
@@ -282,6 +303,7 @@ class Inference:
             deadline_s=deadline_s,
             resumption=resumption,
             hashes=hashes,
+            span=account.span,
         )
         async with answer.running() as outputs:
             rest_s = 0.0

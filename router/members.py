@@ -14,7 +14,8 @@ import grpc
 from baton import codec
 from baton.errors import UnavailableError
 from baton.service.status import error_from_rpc
-from baton.types import AttemptKey, Role, WorkerId, WorkerInfo
+from baton.service.tracing import headers_of
+from baton.types import NO_TRACE, AttemptKey, Role, TraceContext, WorkerId, WorkerInfo
 from baton.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -67,19 +68,33 @@ class Member:
     def worker_id(self) -> WorkerId:
         return self.info.worker_id
 
-    def call_prefill(self, request: prefill_pb2.PrefillRequest, timeout_s: float) -> Call:
+    def call_prefill(
+        self,
+        request: prefill_pb2.PrefillRequest,
+        timeout_s: float,
+        trace: TraceContext = NO_TRACE,
+    ) -> Call:
         """Starts a Prefill call. Raises `UnavailableError` where the member is lost: its channel takes no calls."""
         self._raise_if_lost()
         parse = prefill_pb2.PrefillResponse.FromString
-        call = self.tunnel.start(PREFILL, request, parse, timeout_s)
-        return call or DirectCall(self._prefill.Prefill(request, timeout=timeout_s))
+        call = self.tunnel.start(PREFILL, request, parse, timeout_s, trace)
+        return call or DirectCall(
+            self._prefill.Prefill(request, timeout=timeout_s, metadata=headers_of(trace))
+        )
 
-    def call_decode(self, request: decode_pb2.DecodeRequest, timeout_s: float) -> Call:
+    def call_decode(
+        self,
+        request: decode_pb2.DecodeRequest,
+        timeout_s: float,
+        trace: TraceContext = NO_TRACE,
+    ) -> Call:
         """Starts a Decode call. Raises `UnavailableError` where the member is lost."""
         self._raise_if_lost()
         parse = decode_pb2.DecodeResponse.FromString
-        call = self.tunnel.start(DECODE, request, parse, timeout_s)
-        return call or DirectCall(self._decode.Decode(request, timeout=timeout_s))
+        call = self.tunnel.start(DECODE, request, parse, timeout_s, trace)
+        return call or DirectCall(
+            self._decode.Decode(request, timeout=timeout_s, metadata=headers_of(trace))
+        )
 
     def call_attach(self, request: decode_pb2.DecodeServiceAttachRequest, timeout_s: float) -> Call:
         """Starts an Attach call. Raises `UnavailableError` where the member is lost."""

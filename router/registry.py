@@ -197,6 +197,10 @@ class Registry:
             sent_prefill_tokens=self._sent_prefill_tokens,
         )
 
+    def loads(self) -> tuple[WorkerLoad, ...]:
+        """Every member's, as it last told."""
+        return tuple(worker.load for worker in self._workers.values())
+
     def infos(self) -> tuple[WorkerInfo, ...]:
         """Every member, in order of joining."""
         return tuple(worker.info for worker in self._workers.values())

@@ -27,8 +27,9 @@ from router.tenants import Demand, Ticket
 class _Running:
     """One request, and the task that serves it."""
 
-    def __init__(self, task: asyncio.Task[object]) -> None:
+    def __init__(self, task: asyncio.Task[object], completion_tokens: Callable[[], int]) -> None:
         self._task = task
+        self.completion_tokens = completion_tokens
         self.error: BatonError | None = None
 
     def abort(self, error: BatonError) -> None:
@@ -64,6 +65,16 @@ class RequestTable:
         """Whether no request may enter any more."""
         return self._refuses
 
+    @property
+    def completion_tokens(self) -> int:
+        """What the requests that are here have generated so far."""
+        return sum(running.completion_tokens() for running in self._requests.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose turn has not come."""
+        return len(self._turns)
+
     @asynccontextmanager
     async def enter(
         self,
@@ -74,7 +85,7 @@ class RequestTable:
         completion_tokens: Callable[[], int],
     ) -> AsyncIterator[None]:
         """Serves a request inside the context, once it is its turn. `predicted_ttft_s` tells how long it would take to its first token
-        if it were served now, `completion_tokens` what it has generated at its end. Raises `DrainingError` while draining,
+        if it were served now, `completion_tokens` what it has generated so far. Raises `DrainingError` while draining,
         `AlreadyExistsError` where one of that id and tenant is here, `CapacityError` where admission refuses it, and what the request was
         aborted with.
         """
@@ -85,7 +96,7 @@ class RequestTable:
             raise AlreadyExistsError(f"a request {request_id!r} runs")
         task = asyncio.current_task()
         assert task is not None
-        running = self._requests[name] = _Running(task)
+        running = self._requests[name] = _Running(task, completion_tokens)
         self._idle.clear()
         try:
             async with self._turn(demand, predicted_ttft_s, completion_tokens):

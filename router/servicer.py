@@ -5,6 +5,7 @@ Runs on the router's event loop. Errors become statuses in `baton.service.interc
 
 from baton.service.access import Access, caller_of
 from baton.service.calls import Context
+from baton.service.tracing import Origin, rpc_attributes, trace_of
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from router.client_stream import ClientStream
@@ -25,6 +26,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             caller_of(self._access, context),
             ClientStream(context, self._write_stall_s),
             timeout_s=context.time_remaining(),
+            origin=_origin(context, "Generate"),
         )
 
     async def Attach(self, request: pb.AttachRequest, context: Context) -> None:  # noqa: N802
@@ -33,6 +35,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             caller_of(self._access, context),
             ClientStream(context, self._write_stall_s),
             timeout_s=context.time_remaining(),
+            origin=_origin(context, "Attach"),
         )
 
     async def Cancel(  # noqa: N802
@@ -49,3 +52,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: Context,
     ) -> pb.GetModelResponse:
         return self._inference.describe(request.model, caller_of(self._access, context))
+
+
+def _origin(context: Context, method: str) -> Origin:
+    return Origin(
+        trace_of(context.invocation_metadata() or ()),
+        rpc_attributes("baton.v1.InferenceService", method),
+    )

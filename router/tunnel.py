@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from baton.errors import BatonError, InternalError, UnavailableError
 from baton.service.status import error_from_status_bytes
+from baton.types import NO_TRACE, TraceContext
 from baton.v1 import tunnel_pb2, tunnel_pb2_grpc
 from router.streams import Broken
 
@@ -89,7 +90,12 @@ class Tunnel:
         """The worker knows no tunnels."""
 
     def start(
-        self, method: str, request: Message, parse: Callable[[bytes], Any], timeout_s: float
+        self,
+        method: str,
+        request: Message,
+        parse: Callable[[bytes], Any],
+        timeout_s: float,
+        trace: TraceContext = NO_TRACE,
     ) -> TunnelledCall | None:
         """Starts a call; None where the tunnel is not open."""
         if not self._open:
@@ -102,7 +108,14 @@ class Tunnel:
             self._full.append(self._take_next())
         number = next(self._ids)
         call = self._calls[number] = TunnelledCall(parse, lambda call: self._let_go(number, call))
-        self._next.starts.add(call=number, method=method, request=body, timeout_seconds=timeout_s)
+        self._next.starts.add(
+            call=number,
+            method=method,
+            request=body,
+            timeout_seconds=timeout_s,
+            traceparent=trace.traceparent,
+            tracestate=trace.tracestate,
+        )
         self._next_bytes += len(body)
         self._changed.set()
         return call

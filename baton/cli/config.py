@@ -89,6 +89,8 @@ class ServeConfig:
             drain_grace_s=self.drain_grace_s,
             log_format=self.log_format,
             log_level=self.log_level,
+            # The router speaks for all.
+            status_line_s=0.0,
         )
 
 

@@ -12,6 +12,7 @@ import grpc
 
 from baton.client.recovery import Recovery, Routers, Services, split_targets
 from baton.client.sessions import Sessions
+from baton.client.tracing import active_trace
 from baton.client.types import (
     Chunk,
     ConnectionOptions,
@@ -50,6 +51,7 @@ class Stream:
     ) -> None:
         self.request_id = request.request_id
         self._routers = routers
+        self._metadata = routers.metadata + active_trace()
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._collector = Collector()
         self._recovery = Recovery(request, self._collector, reconnect_s)
@@ -80,7 +82,7 @@ class Stream:
     ) -> "grpc.CallIterator[pb.GenerateResponse]":
         router = self._router = self._routers.current
         timeout_s = None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
-        metadata = self._routers.metadata
+        metadata = self._metadata
         if isinstance(message, pb.AttachRequest):
             return router.inference.Attach(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]  # untyped stubs
         return router.inference.Generate(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]

@@ -1,19 +1,26 @@
-"""Log lines: plain or JSON, each with the request it is about. What a prompt or an answer said is never logged, by anyone.
+"""Log lines: plain or JSON, each with the request that it is about. What a prompt or an answer said is never logged, by anyone.
 
-`configure` is called once, by a process's `__main__` or actor; everything else uses `logging.getLogger(__name__)`, wrapped by
-`for_request` where a request is at hand.
+`configure` is called once, by a process's `__main__` or actor; everything else uses `logging.getLogger(__name__)`. Whoever begins to
+serve a request says so by `bind`, and every line names it that its task writes from then on, and the tasks that it starts.
 """
 
 import json
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import TextIO
 
 from baton.service.settings import LogFormat, ServerSettings
 
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m", "DEBUG": "\x1b[2m"}
 _RESET = "\x1b[0m"
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_ABOUT: ContextVar[Mapping[str, str]] = ContextVar("about", default=_NOTHING)
+"""What the lines of a task are about."""
+STATUS_LOGGER = "baton.status"
+"""Has a setting of its own, and writes at any level."""
 
 
 def configure(settings: ServerSettings, stream: TextIO, environ: Mapping[str, str]) -> None:
@@ -28,24 +35,29 @@ def configure(settings: ServerSettings, stream: TextIO, environ: Mapping[str, st
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(settings.log_level.name)
+    logging.getLogger(STATUS_LOGGER).setLevel(logging.INFO)
 
 
-def for_request(logger: logging.Logger, request: object) -> "RequestLogger":
-    """A logger whose lines name the request; `request` is a request id or an attempt key."""
-    return RequestLogger(logger, {"request": str(request)})
+def bind(*, request: str = "", attempt: str = "", trace_id: str = "") -> None:
+    """For the rest of the task, every line that it writes is about this; what is empty stays as it was."""
+    given = {"request": request, "attempt": attempt, "trace_id": trace_id}
+    # A peer may have made them up: one line stays one line.
+    named = {
+        name: value if value.isprintable() else ascii(value)
+        for name, value in given.items()
+        if value
+    }
+    if named:
+        _ABOUT.set({**_ABOUT.get(), **named})
 
 
-class RequestLogger(logging.LoggerAdapter[logging.Logger]):
-    """See `for_request`."""
-
-    def process(
-        self, msg: Any, kwargs: MutableMapping[str, Any]
-    ) -> tuple[Any, MutableMapping[str, Any]]:
-        return msg, {**kwargs, "extra": self.extra}
+def fields(**values: object) -> dict[str, Mapping[str, object]]:
+    """`extra` of a line whose JSON form has these as members, beside the message that tells them to people."""
+    return {"fields": values}
 
 
 class PlainFormatter(logging.Formatter):
-    """`2026-01-31 12:00:00,000 INFO router.fleet: message request=r1`."""
+    """`2026-01-31 12:00:00,000 INFO router.fleet: message request=r1 trace_id=0af7…`."""
 
     def __init__(self, *, colour: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -53,32 +65,30 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        request = _request_of(record)
-        if request is not None:
+        if about := _ABOUT.get():
             first, *rest = line.split("\n", 1)
-            line = "\n".join([f"{first} request={request}", *rest])
+            named = " ".join(f"{name}={value}" for name, value in about.items())
+            line = "\n".join([f"{first} {named}", *rest])
         colour = _COLOURS.get(record.levelname) if self._colour else None
         return line if colour is None else f"{colour}{line}{_RESET}"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and request and exception where there are any."""
+    """One JSON object a line: time (UTC), level, logger, message; request, attempt, trace_id, a line's own fields and exception where
+    there are any.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
+        entry: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        request = _request_of(record)
-        if request is not None:
-            entry["request"] = request
+        entry |= _ABOUT.get()
+        own = record.__dict__.get("fields")
+        if isinstance(own, Mapping):
+            entry |= own
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
-
-
-def _request_of(record: logging.LogRecord) -> str | None:
-    request = record.__dict__.get("request")
-    return request if isinstance(request, str) else None

@@ -1,10 +1,11 @@
 """What an operator can set: frozen groups, one per kind of process, with every default in one place.
 
 `from_env` reads `BATON_<FIELD>` (upper case) for any field and is called by the `__main__`s only; a value given on the command
-line wins. Lists are comma-separated, booleans are `true` or `false`.
+line wins. Lists are comma-separated, booleans are `true` or `false`. Some fields have a standard variable too, which counts where
+Baton's own is not there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Self, get_type_hints
@@ -41,6 +42,33 @@ class PlacementPolicy(Enum):
     """The least delay, with load, cached prefixes, free blocks and nearness weighed."""
 
 
+Standard = Callable[[Mapping[str, str]], str]
+"""Finds the variable outside Baton's that has a field's value in an environment; empty where there is none."""
+
+
+def standard_endpoint(environ: Mapping[str, str]) -> str:
+    """OpenTelemetry's variable for where spans go; none where others turn traces off, or ask for what is not OTLP over gRPC."""
+    traces, every = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+    protocol = environ.get(f"{traces}PROTOCOL") or environ.get(f"{every}PROTOCOL") or "grpc"
+    disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    exporter = environ.get("OTEL_TRACES_EXPORTER") or "otlp"
+    if disabled or exporter != "otlp" or protocol != "grpc":
+        return ""
+    named = (f"{traces}ENDPOINT", f"{every}ENDPOINT")
+    return next((name for name in named if environ.get(name)), "")
+
+
+def standard_sampler(environ: Mapping[str, str]) -> str:
+    """OpenTelemetry's variable for what is sampled."""
+    return "OTEL_TRACES_SAMPLER" if environ.get("OTEL_TRACES_SAMPLER") else ""
+
+
+def standard_ratio(environ: Mapping[str, str]) -> str:
+    """The variable beside it, where it is a ratio."""
+    ratio = environ.get("OTEL_TRACES_SAMPLER", "").endswith("traceidratio")
+    return "OTEL_TRACES_SAMPLER_ARG" if ratio and environ.get("OTEL_TRACES_SAMPLER_ARG") else ""
+
+
 class Settings:
     """What all groups can do."""
 
@@ -55,6 +83,8 @@ class Settings:
         for each in fields(cls):
             given = overrides.pop(each.name, None)
             variable = ENV_PREFIX + each.name.upper()
+            if variable not in environ and "standard" in each.metadata:
+                variable = each.metadata["standard"](environ)
             if given is not None:
                 values[each.name] = given
             elif variable in environ:
@@ -100,6 +130,16 @@ class ServerSettings(Settings):
     """Serve gRPC reflection."""
     log_format: LogFormat = LogFormat.PLAIN
     log_level: LogLevel = LogLevel.INFO
+    status_line_s: float = 10.0
+    """How often the log tells in a line what the process does, whatever the log level; 0 never. Nothing is told while it is idle."""
+    otlp_endpoint: str = field(default="", metadata={"standard": standard_endpoint})
+    """Where spans go, over OTLP/gRPC: http://host:4317, or https with TLS; empty: nothing is traced. Needs the extra `otel`."""
+    trace_sampler: str = field(
+        default="parentbased_traceidratio", metadata={"standard": standard_sampler}
+    )
+    """What is traced, as OTEL_TRACES_SAMPLER names it."""
+    trace_sample_ratio: float = field(default=1.0, metadata={"standard": standard_ratio})
+    """Share of the requests that are traced, of those whose caller has not decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,8 @@ from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.calls import Context
 from baton.service.interceptors import typed_error
 from baton.service.status import to_status
+from baton.service.tracing import headers_of
+from baton.types import TraceContext
 from baton.v1 import tunnel_pb2, tunnel_pb2_grpc
 
 MESSAGE_BYTES = 256 * 1024
@@ -33,7 +35,7 @@ class Method:
 
     parse: Callable[[bytes], Any]
     handle: Callable[[Any, Context], Awaitable[None]]
-    """Writes its responses through the context, of which it uses `write` and `time_remaining` only."""
+    """Writes its responses through the context, of which it uses `write`, `time_remaining` and `invocation_metadata` only."""
 
 
 class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
@@ -71,7 +73,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         status = b""
         try:
             method, request = self._parse(start)
-            call = _TunnelledCall(start.call, time.monotonic() + start.timeout_seconds, outbox)
+            call = _TunnelledCall(start, outbox)
             await method.handle(request, cast("Context", call))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -100,10 +102,14 @@ def _forget(calls: dict[int, asyncio.Task[None]], call: int, _task: asyncio.Task
 class _TunnelledCall:
     """What a handler uses of a `Context`."""
 
-    def __init__(self, call: int, deadline_s: float, outbox: "_Outbox") -> None:
-        self._call = call
-        self._deadline_s = deadline_s
+    def __init__(self, start: tunnel_pb2.OpenRequest.Start, outbox: "_Outbox") -> None:
+        self._call = start.call
+        self._deadline_s = time.monotonic() + start.timeout_seconds
+        self._trace = TraceContext(start.traceparent, start.tracestate)
         self._outbox = outbox
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return headers_of(self._trace)
 
     def time_remaining(self) -> float:
         return max(0.0, self._deadline_s - time.monotonic())

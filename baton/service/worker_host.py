@@ -33,6 +33,8 @@ from baton.service.progress import EngineProgress, Problem, problem_of
 from baton.service.running_calls import CallOutcome, RunningCalls
 from baton.service.server import GrpcServer
 from baton.service.settings import WorkerSettings
+from baton.service.status_line import Snapshot, worker_snapshot
+from baton.service.tracing import NoTracing, Tracing, open_tracing
 from baton.service.worker_api import WORKER_SERVICE, WorkerServicer
 from baton.types import Role, WorkerId, WorkerInfo, WorkerLoad
 from baton.v1 import worker_pb2_grpc
@@ -70,6 +72,8 @@ class WorkerHost:
         self.settings = settings
         self.engine = engine
         self.metrics = WorkerMetrics(role)
+        self.tracing: Tracing = NoTracing()
+        """Made when the worker starts."""
         self.worker_id = WorkerId(settings.worker_id or _new_worker_id(role))
         self._role = role
         self._services = dict(services)
@@ -110,6 +114,10 @@ class WorkerHost:
         """The engine's latest."""
         return self.engine.load
 
+    def snapshot(self) -> Snapshot:
+        """For a status line."""
+        return worker_snapshot(self.metrics.registry, self.engine.load)
+
     @property
     def changing_to(self) -> Role | None:
         """Set while a change of role waits for running calls."""
@@ -131,6 +139,9 @@ class WorkerHost:
             )
         )
         async with AsyncExitStack() as undo:
+            service = f"baton-{self._role.value}"
+            self.tracing = open_tracing(self.settings, service, self.worker_id)
+            undo.push_async_callback(asyncio.to_thread, self.tracing.close)
             port = await self._server.start()
             undo.push_async_callback(self._server.stop, 0)
             undo.push_async_callback(self._stop_engine)
@@ -242,6 +253,7 @@ class WorkerHost:
             _log.error("stopping: calls did not end within %.0f s", STOP_TIMEOUT_S)
         self.metrics.close()
         await self._stop_engine()
+        await asyncio.to_thread(self.tracing.close)
 
     async def failed(self) -> None:
         """Returns once the engine has failed for good: the process should end, and be replaced."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.kv.spec import KVSpec, SealedKV, WireKV
-from baton.types import AttemptKey, PositionLogprobs
+from baton.types import NO_TRACE, AttemptKey, PositionLogprobs, TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class PullRequest:
     """Decode's KV spec digest; prefill refuses any other than its own."""
     timeout_s: float = 30.0
     """When the source gives up; set by the transport, from the caller's. Decode's cancellation can get lost on its way."""
+    trace: TraceContext = NO_TRACE
+    """Decode's handoff."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,16 +9,20 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class OpenRequest(_message.Message):
     __slots__ = ("starts", "cancels")
     class Start(_message.Message):
-        __slots__ = ("call", "method", "request", "timeout_seconds")
+        __slots__ = ("call", "method", "request", "timeout_seconds", "traceparent", "tracestate")
         CALL_FIELD_NUMBER: _ClassVar[int]
         METHOD_FIELD_NUMBER: _ClassVar[int]
         REQUEST_FIELD_NUMBER: _ClassVar[int]
         TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+        TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+        TRACESTATE_FIELD_NUMBER: _ClassVar[int]
         call: int
         method: str
         request: bytes
         timeout_seconds: float
-        def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+        traceparent: str
+        tracestate: str
+        def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     starts: _containers.RepeatedCompositeFieldContainer[OpenRequest.Start]

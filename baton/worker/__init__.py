@@ -1,1 +1,1 @@
-"""Workers as Ray actors and as commands: what prefill and decode share above `baton.service`. Imports Ray."""
+"""What prefill and decode workers share above `baton.service`: their calls (`calls`), Ray actors and commands, which alone import Ray."""

@@ -27,6 +27,7 @@ from baton.errors import BatonError, InternalError, UnavailableError
 from baton.service import logging as service_logging
 from baton.service.settings import WorkerSettings
 from baton.service.status import error_from_status_bytes, to_status
+from baton.service.status_line import Snapshot
 from baton.service.worker_host import WorkerHost
 from baton.types import Role, WorkerInfo
 
@@ -101,6 +102,10 @@ class WorkerActor:
         """Returns once the engine has failed for good. Held open by the starter, it doubles as a death watch."""
         await self._worker.host.failed()
 
+    async def snapshot(self) -> Snapshot:
+        """For the starter's status line: what an actor logs itself does not reach the terminal."""
+        return self._worker.host.snapshot()
+
     async def drain(self, grace_s: float) -> bool:
         """See `WorkerHost.drain`."""
         ended = await self._worker.drain(grace_s)
@@ -127,6 +132,14 @@ class RunningWorker:
         except RayError as error:
             return UnavailableError(f"lost sight of worker {self.info.worker_id}: {error}")
         return InternalError(f"the engine of worker {self.info.worker_id} failed; see its log")
+
+    async def snapshot(self) -> Snapshot:
+        """See `WorkerActor.snapshot`. Raises `UnavailableError`."""
+        try:
+            snapshot: Snapshot = await self._handle.snapshot.remote()
+        except RayError as error:
+            raise UnavailableError(f"worker {self.info.worker_id} does not answer") from error
+        return snapshot
 
     async def drain(self, grace_s: float) -> bool:
         """Whether everything that ran ended by itself. A worker that is dead has nothing to drain."""

@@ -21,6 +21,7 @@ from baton.engine.progress import in_words, paced
 from baton.errors import BatonError
 from baton.service import logging as service_logging
 from baton.service.settings import LogFormat, LogLevel, WorkerSettings
+from baton.service.status_line import StatusLine
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, join, start_local
 from baton.types import Role, WorkerInfo
 from baton.worker.actor import ActorConfig, RunningWorker, WorkerActor, launch
@@ -161,6 +162,8 @@ async def _run(actor: type[WorkerActor], command: Command, cluster: RayCluster) 
     if not await _before(stop, starting):
         return 0
     worker = starting.result()
+    status_line = StatusLine(worker.snapshot, command.settings.status_line_s)
+    status_line.start()
     try:
         _say(banner(worker.info))
         ended = asyncio.create_task(worker.ended())
@@ -170,6 +173,7 @@ async def _run(actor: type[WorkerActor], command: Command, cluster: RayCluster) 
         stop.clear()
         return await _drain(role, worker, command.settings.drain_grace_s, stop)
     finally:
+        await status_line.close()
         await worker.stop()
 
 
