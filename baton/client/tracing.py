@@ -9,7 +9,7 @@ def active_trace() -> tuple[tuple[str, str], ...]:
     """Metadata that names the application's active span, by W3C Trace Context; nothing where there is none. In the thread or task of
     whoever starts a request.
     """
-    if "opentelemetry.trace" not in sys.modules:
+    if sys.modules.get("opentelemetry.trace") is None:
         return ()
     from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - see the module docstring
         TraceContextTextMapPropagator,

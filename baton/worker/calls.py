@@ -24,6 +24,8 @@ from baton.types import AttemptKey, TraceContext
 
 _log = logging.getLogger(__name__)
 
+CANCELLED = outcome_of(CancelledError(""))
+
 
 Pulled = tuple[KVMeta | Refused, WireKV | None]
 
@@ -90,8 +92,7 @@ def one_call(
     finally:
         label = call.outcome.label if error is None else outcome_of(error)
         seconds = call.record(Event.FINISHED) - timeline.received_s
-        quiet = error is None or isinstance(error, CancelledError)
-        level = logging.DEBUG if quiet else logging.INFO
+        level = logging.DEBUG if label in {OK, CANCELLED} else logging.INFO
         _log.log(level, "%s ended: %s after %.3f s", method.name, label, seconds)
         if call.span.recording:
             _end(call, host, method, error, label)

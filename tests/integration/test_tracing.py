@@ -134,7 +134,7 @@ async def test_spans_tell_what_the_conventions_name_and_nothing_that_was_said(
     }
     assert root.attributes | expected == root.attributes
     assert root.events == ["first_token", "last_token"]
-    assert [span.attributes["error.type"] for span in refused] == ["invalid_argument"] * 2
+    assert [span.attributes["error.type"] for span in refused] == ["invalid_request"] * 2
     (handoff,), (export,) = spans.named("handoff"), spans.named("export")
     (attempt,), (decode,) = spans.named("attempt"), spans.named("decode")
     assert decode.attributes["baton.handoff.bytes"] > 0
@@ -181,6 +181,7 @@ async def test_a_request_that_is_cancelled_leaves_a_whole_trace(spans: Collector
             if response.HasField("chunk"):
                 call.cancel()
                 break
+        assert await here.app.table.idle(5)
     ids = {span.span_id for span in spans.spans}
     assert {span.parent_id for span in spans.spans} - ids == {""}
     (root,) = spans.named("text_completion sim")
