@@ -87,7 +87,7 @@ def collector() -> Iterator[Collector]:
     """Listens on the loopback inside the context."""
     here = Collector()
     server = grpc.server(ThreadPoolExecutor(4))
-    services.add_TraceServiceServicer_to_server(here, server)
+    services.add_TraceServiceServicer_to_server(here, server)  # type: ignore[no-untyped-call]
     here.port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

@@ -3,7 +3,9 @@
 import asyncio
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +20,7 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 CALLER = "b7ad6b7169203331"
 SAMPLED = (("traceparent", f"00-{TRACE_ID}-{CALLER}-01"), ("tracestate", "vendor=1"))
 UNSAMPLED = (("traceparent", f"00-{TRACE_ID}-{CALLER}-00"),)
-WHOLE = [
+WHOLE: list[tuple[str, Any]] = [
     ("admission", []),
     (
         "attempt",
@@ -41,13 +43,17 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         yield here
 
 
-def settings_for(spans: Collector, ratio: float = 1.0) -> dict[str, object]:
-    """Of the house."""
-    traced = {"otlp_endpoint": spans.endpoint, "trace_sample_ratio": ratio}
-    return {
-        "settings": replace(SETTINGS, **traced),
-        "workers": replace(WORKERS, **traced),
-    }
+def traced(
+    spans: Collector, *, decode: int = 1, ratio: float = 1.0
+) -> AbstractAsyncContextManager[House]:
+    """A house whose workers trace everything, and whose router as much as the ratio says."""
+    endpoint = spans.endpoint
+    return house(
+        1,
+        decode,
+        settings=replace(SETTINGS, otlp_endpoint=endpoint, trace_sample_ratio=ratio),
+        workers=replace(WORKERS, otlp_endpoint=endpoint),
+    )
 
 
 async def ask(
@@ -70,7 +76,7 @@ def within(inner: SpanSeen, outer: SpanSeen) -> bool:
 
 async def test_a_request_is_one_trace_from_its_caller_to_every_worker(spans: Collector) -> None:
     """Promise: below the caller's span, whether the router calls a worker by itself or in the shared stream."""
-    async with house(1, 1, **settings_for(spans)) as here:  # type: ignore[arg-type]
+    async with traced(spans) as here:
         for number in range(3):
             await ask(here, message(number, request_id=f"r{number}"), SAMPLED)
         assert all(member.tunnel.is_open for member in here.app.fleet.members())
@@ -96,7 +102,7 @@ async def test_spans_tell_what_the_conventions_name_and_nothing_that_was_said(
 ) -> None:
     """Promise: the facts of a request by OpenTelemetry's names; neither prompt, stop string nor output in any exported byte."""
     text = f"{SECRET} " * 12
-    async with house(1, 1, **settings_for(spans)) as here:  # type: ignore[arg-type]
+    async with traced(spans) as here:
         asked = request(
             text=text,
             request_id="r1",
@@ -149,7 +155,7 @@ async def test_spans_tell_what_the_conventions_name_and_nothing_that_was_said(
 
 async def test_each_attempt_is_a_span_with_its_failure(spans: Collector) -> None:
     """Promise: where a worker dies, the trace shows the attempt that failed, why, and the one that went on."""
-    async with house(1, 2, **settings_for(spans)) as here:  # type: ignore[arg-type]
+    async with traced(spans, decode=2) as here:
         call = here.inference.Generate(message(1, max_tokens=400), timeout=20, metadata=SAMPLED)
         killed = ""
         async for response in call:
@@ -175,7 +181,7 @@ async def test_each_attempt_is_a_span_with_its_failure(spans: Collector) -> None
 
 async def test_a_request_that_is_cancelled_leaves_a_whole_trace(spans: Collector) -> None:
     """Promise: no span that others name as their parent is missing, and a client that goes away is no failure."""
-    async with house(1, 1, **settings_for(spans)) as here:  # type: ignore[arg-type]
+    async with traced(spans) as here:
         call = here.inference.Generate(message(1, max_tokens=2000), timeout=20)
         async for response in call:
             if response.HasField("chunk"):
@@ -190,7 +196,7 @@ async def test_a_request_that_is_cancelled_leaves_a_whole_trace(spans: Collector
 
 
 @pytest.mark.parametrize(
-    ("headers", "ratio", "traced"),
+    ("headers", "ratio", "sampled"),
     [
         (SAMPLED, 0.0, True),
         (UNSAMPLED, 1.0, False),
@@ -205,17 +211,15 @@ async def test_what_is_traced_is_decided_where_a_trace_begins(
     headers: tuple[tuple[str, str], ...],
     ratio: float,
     *,
-    traced: bool,
+    sampled: bool,
 ) -> None:
     """Promise: for all of a trace alike: workers, which would trace everything, follow the router."""
-    settings = settings_for(spans)
-    settings["settings"] = settings_for(spans, ratio)["settings"]
-    async with house(1, 1, **settings) as here:  # type: ignore[arg-type]
+    async with traced(spans, ratio=ratio) as here:
         answer = await ask(here, message(1), headers)
         assert answer.tokens
     names = spans.names()
-    assert names == ({"text_completion sim"} | _names(WHOLE) if traced else set())
-    assert len({span.trace_id for span in spans.spans}) == int(traced)
+    assert names == ({"text_completion sim"} | _names(WHOLE) if sampled else set())
+    assert len({span.trace_id for span in spans.spans}) == int(sampled)
 
 
 async def test_a_dead_collector_costs_spans_and_nothing_else(
@@ -227,7 +231,7 @@ async def test_a_dead_collector_costs_spans_and_nothing_else(
         for name, value in {"MAX_QUEUE_SIZE": "8", "MAX_EXPORT_BATCH_SIZE": "4"}.items():
             monkeypatch.setenv(f"OTEL_BSP_{name}", value)
         nobody = Collector(port=dead.getsockname()[1])
-        async with asyncio.timeout(40), house(1, 1, **settings_for(nobody)) as here:  # type: ignore[arg-type]
+        async with asyncio.timeout(40), traced(nobody) as here:
             answers = await asyncio.gather(*(ask(here, message(number)) for number in range(20)))
             assert all(len(answer.tokens) == LENGTH for answer in answers)
             processors = here.app._tracing._provider._active_span_processor  # type: ignore[attr-defined]
@@ -236,7 +240,7 @@ async def test_a_dead_collector_costs_spans_and_nothing_else(
 
 
 async def test_n_completions_are_attempts_of_one_request(spans: Collector) -> None:
-    async with house(1, 1, **settings_for(spans)) as here:  # type: ignore[arg-type]
+    async with traced(spans) as here:
         async for _ in here.inference.Generate(message(1, n=2), timeout=20):
             pass
     (root,) = spans.named("text_completion sim")
@@ -246,5 +250,5 @@ async def test_n_completions_are_attempts_of_one_request(spans: Collector) -> No
     assert root.attributes["gen_ai.response.finish_reasons"] == ["length", "length"]
 
 
-def _names(below: list[tuple[str, list[object]]]) -> set[str]:
-    return {name for name, _ in below}.union(*(_names(inner) for _, inner in below))  # type: ignore[arg-type]
+def _names(below: list[tuple[str, Any]]) -> set[str]:
+    return {name for name, _ in below}.union(*(_names(inner) for _, inner in below))

@@ -83,8 +83,10 @@ BANNER = r"serves tales at (\S+) \(cpu, .*pid (\d+);"
 @pytest.mark.e2e
 @pytest.mark.parametrize("start", [["prefill_worker"], ["flex_worker", "--role", "prefill"]])
 def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(
-    tmp_path: Path, start: list[str]
+    tmp_path: Path, start: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Promise: and tells its status on this terminal, though its actor is another process."""
+    monkeypatch.setenv("BATON_STATUS_LINE_S", "0.2")
     log = tmp_path / "log"
     package, *flags = start
     with started(package, log, "--model", TALES, *flags) as process:
@@ -94,6 +96,7 @@ def test_a_worker_serves_until_sigterm_and_then_leaves_in_order(
             request = health_pb2.HealthCheckRequest(service="baton.v1.PrefillService")
             answer = stub.Check(request, timeout=5)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        wait_for(log, r"INFO baton.status: (idle, KV 0.0%)\n", process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0, log.read_text()
     assert "draining" in log.read_text()

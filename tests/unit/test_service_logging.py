@@ -137,6 +137,13 @@ def test_colours_are_for_terminals_that_did_not_decline(
     assert ("\x1b[" in logged(stream(), LogFormat.PLAIN, environ)) is coloured
 
 
+def test_the_status_line_has_no_level() -> None:
+    stream = io.StringIO()
+    service_logging.configure(ServerSettings(log_level=LogLevel.ERROR), stream, {})
+    logging.getLogger(service_logging.STATUS_LOGGER).info("idle")
+    assert stream.getvalue().endswith("INFO baton.status: idle\n")
+
+
 def test_the_level_is_the_settings() -> None:
     stream = io.StringIO()
     service_logging.configure(ServerSettings(log_level=LogLevel.ERROR), stream, {})

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
+from baton.client.tracing import active_trace
 from baton.errors import InvalidRequestError
 from baton.service.settings import RouterSettings, ServerSettings
 from baton.service.tracing import (
@@ -187,3 +189,16 @@ def test_an_unusable_variable_of_the_sdk_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "0")
     with pytest.raises(InvalidRequestError, match="otlp_endpoint"):
         opened(otlp_endpoint="http://127.0.0.1:1")
+
+
+def test_a_clients_call_goes_below_the_span_that_is_active_where_it_is_made() -> None:
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("application")
+    assert active_trace() == ()
+    with tracer.start_as_current_span("asks") as asking:
+        (header,) = active_trace()
+    own = asking.get_span_context()
+    assert header == (
+        "traceparent",
+        f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}",
+    )
+    assert active_trace() == ()

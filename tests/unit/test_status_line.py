@@ -30,7 +30,7 @@ START = Snapshot(
     running=0,
     waiting=0,
     kv_used=0.0,
-    ttft_s=((0.1, 4), (0.2, 4), (INF, 4)),
+    ttft_s=((0.125, 4), (0.25, 4), (INF, 4)),
 )
 
 
@@ -44,7 +44,7 @@ def test_a_line_tells_what_was_done_since_the_last_one() -> None:
         running=3,
         waiting=2,
         kv_used=0.125,
-        ttft_s=((0.1, 5), (0.2, 7), (INF, 8)),
+        ttft_s=((0.125, 5), (0.25, 7), (INF, 8)),
     )
     told = report(START, after)
     assert told == Report(
@@ -55,11 +55,11 @@ def test_a_line_tells_what_was_done_since_the_last_one() -> None:
         kv_used=0.125,
         prefix_hit_rate=0.25,
         handoff_bytes_per_s=2.5e6,
-        ttft_p50_s=pytest.approx(0.15),
+        ttft_p50_s=0.1875,
     )
     assert str(told) == (
         "prompt 100.0 tok/s, generation 100.0 tok/s, running 3, waiting 2, KV 12.5%, "
-        "prefix hits 25.0%, handoff 2.5 MB/s, TTFT p50 150 ms"
+        "prefix hits 25.0%, handoff 2.5 MB/s, TTFT p50 188 ms"
     )
 
 
@@ -74,18 +74,18 @@ def test_what_is_not_known_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("counts", "median_s"),
     [
-        ((8, 8, 8), 0.05),  # all in the first bucket
-        ((4, 6, 8), 0.2),  # at a bound
-        ((4, 4, 9), 0.2),  # beyond all bounds: at least the last
+        ((8, 8, 8), 0.0625),  # all in the first bucket
+        ((4, 6, 8), 0.25),  # at a bound
+        ((4, 4, 9), 0.25),  # beyond all bounds: at least the last
         ((4, 4, 4), None),
     ],
 )
 def test_the_median_is_of_the_window_alone(
     counts: tuple[int, int, int], median_s: float | None
 ) -> None:
-    now = tuple(zip((0.1, 0.2, INF), counts, strict=True))
+    now = tuple(zip((0.125, 0.25, INF), counts, strict=True))
     told = report(START, replace(START, at_s=110.0, ttft_s=now))
-    assert told.ttft_p50_s == (median_s if median_s is None else pytest.approx(median_s))
+    assert told.ttft_p50_s == median_s
 
 
 def test_counts_that_fell_are_no_work_done() -> None:
