@@ -117,27 +117,11 @@ class RouterApp:
         sessions = self._sessions = SessionManager(
             store, self._settings, SessionMetrics(self.metrics.registry)
         )
-        tracing = self._tracing = open_tracing(
-            self._settings, "baton-router", f"{socket.gethostname()}-{os.getpid()}"
-        )
-        inference = Inference(
-            self.model,
-            self.fleet,
-            self.table,
-            sessions,
-            settings=self._settings,
-            metrics=self.metrics,
-            tracing=tracing,
-        )
-        fleet = FleetServicer(self.fleet, self.model, self._settings)
-        self._ports.register_for_clients(partial(self._add_client_services, inference, sessions))
-        self._ports.register_for_fleet(
-            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
-        )
-        if self.http is not None:
-            self.http.add(health_routes(inference, self.metrics), needs_key=False)
-            self.http.add(openai_routes(inference, self.model))
         try:
+            self._tracing = open_tracing(
+                self._settings, "baton-router", f"{socket.gethostname()}-{os.getpid()}"
+            )
+            self._register(sessions)
             self.metrics_port = self.metrics.serve(self._settings.host, self._settings.metrics_port)
             await self._ports.start()
             if self.http is not None:
@@ -146,7 +130,7 @@ class RouterApp:
             await self._ports.stop()
             await sessions.close()
             self.metrics.close()
-            await asyncio.to_thread(tracing.close)
+            await asyncio.to_thread(self._tracing.close)
             raise
         sessions.start()
         await self._ports.set_serving(serving=True)
@@ -190,6 +174,25 @@ class RouterApp:
         await self._status_line.close()
         self.metrics.close()
         await asyncio.to_thread(self._tracing.close)
+
+    def _register(self, sessions: SessionManager) -> None:
+        inference = Inference(
+            self.model,
+            self.fleet,
+            self.table,
+            sessions,
+            settings=self._settings,
+            metrics=self.metrics,
+            tracing=self._tracing,
+        )
+        fleet = FleetServicer(self.fleet, self.model, self._settings)
+        self._ports.register_for_clients(partial(self._add_client_services, inference, sessions))
+        self._ports.register_for_fleet(
+            lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet, server)
+        )
+        if self.http is not None:
+            self.http.add(health_routes(inference, self.metrics), needs_key=False)
+            self.http.add(openai_routes(inference, self.model))
 
     async def _snapshot(self) -> Snapshot:
         registry, ttft = self.metrics.registry, "baton_time_to_first_token_seconds"
