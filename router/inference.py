@@ -177,9 +177,13 @@ class Inference:
         """Ends a running request of the caller's tenant. Raises `NotFoundError`."""
         self._table.cancel(request_id, caller.tenant)
 
-    async def refuse(self, error: BatonError) -> NoReturn:
+    async def refuse(self, error: BatonError, origin: Origin = UNTOLD) -> NoReturn:
         """Raises the error of a request that its front could not read, and counts it as those that are refused here."""
-        async with Account(Timeline(received_s=time.monotonic())).counted(self._metrics):
+        account = Account(Timeline(received_s=time.monotonic()))
+        async with (
+            request_traced(self._tracing, origin, account, self._settings),
+            account.counted(self._metrics),
+        ):
             raise error
 
     @property

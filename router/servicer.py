@@ -5,7 +5,7 @@ Runs on the router's event loop. Errors become statuses in `baton.service.interc
 
 from baton.service.access import Access, caller_of
 from baton.service.calls import Context
-from baton.service.tracing import Origin, rpc_attributes, trace_of
+from baton.service.tracing import Origin, rpc_origin
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 from router.client_stream import ClientStream
@@ -55,7 +55,4 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _origin(context: Context, method: str) -> Origin:
-    return Origin(
-        trace_of(context.invocation_metadata() or ()),
-        rpc_attributes("baton.v1.InferenceService", method),
-    )
+    return rpc_origin(context.invocation_metadata() or (), "baton.v1.InferenceService", method)

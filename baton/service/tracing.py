@@ -146,6 +146,16 @@ def rpc_attributes(service: str, method: str) -> Attributes:
     return {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
 
 
+def rpc_origin(headers: Headers, service: str, method: str) -> Origin:
+    """Of a request that came in a gRPC call."""
+    return Origin(trace_of(headers), rpc_attributes(service, method))
+
+
+def http_origin(headers: Headers, method: str, route: str) -> Origin:
+    """Of a request that came over HTTP; the route is the path's pattern, not what a client put into it."""
+    return Origin(trace_of(headers), {"http.request.method": method, "http.route": route})
+
+
 def headers_of(trace: TraceContext) -> tuple[tuple[str, str], ...]:
     """What `trace_of` reads at the other end; nothing where there is no trace."""
     if not trace.traceparent:

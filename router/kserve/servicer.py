@@ -12,6 +12,7 @@ from baton.errors import BatonError, FieldViolation, InvalidRequestError
 from baton.service.access import Access, caller_of
 from baton.service.calls import Context
 from baton.service.settings import RouterSettings
+from baton.service.tracing import rpc_origin
 from router.client_stream import ClientStream
 from router.inference import INLINE_BYTES, Inference
 from router.kserve.answer import AnswerWriter, Send
@@ -111,12 +112,15 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
     ) -> None:
         # With each request: a key may be revoked while a stream is open.
         caller = caller_of(self._access, context)
+        headers = context.invocation_metadata() or ()
+        method = "ModelStreamInfer" if on_stream else "ModelInfer"
+        origin = rpc_origin(headers, "inference.GRPCInferenceService", method)
         try:
             asked = await _parsed(request)
             if asked.streams and not on_stream:
                 raise InvalidRequestError(FieldViolation("stream", "needs ModelStreamInfer"))
         except BatonError as error:
-            await self._inference.refuse(error)
+            await self._inference.refuse(error, origin)
         asked.generate.request_id = _request_id(request.id)
         limits_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
         try:
@@ -125,6 +129,7 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
                 caller,
                 AnswerWriter(asked, send, self._token_text),
                 timeout_s=min(limits_s, default=None),
+                origin=origin,
             )
         except InvalidRequestError as error:
             raise in_this_protocol(error) from None

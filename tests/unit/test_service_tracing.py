@@ -15,7 +15,9 @@ from baton.service.tracing import (
     NoTracing,
     Tracing,
     headers_of,
+    http_origin,
     open_tracing,
+    rpc_origin,
     trace_of,
 )
 from baton.types import NO_TRACE, TraceContext
@@ -94,6 +96,15 @@ def test_a_callers_trace_is_in_its_headers(
 ) -> None:
     assert trace_of(headers) == trace
     assert trace_of(headers_of(trace)) == trace
+
+
+def test_a_front_of_any_protocol_tells_where_a_request_comes_from() -> None:
+    headers = [("traceparent", PARENT)]
+    over_http = http_origin(headers, "POST", "/v1/chat/completions")
+    over_grpc = rpc_origin(headers, "baton.v1.InferenceService", "Generate")
+    assert over_http.trace == over_grpc.trace == TraceContext(PARENT)
+    assert over_http.attributes["http.route"] == "/v1/chat/completions"
+    assert over_grpc.attributes["rpc.method"] == "Generate"
 
 
 def test_without_the_extra_everything_imports_and_nothing_is_traced() -> None:
