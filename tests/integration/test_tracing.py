@@ -11,6 +11,8 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2
+from router.kserve.v2 import inference_pb2 as kserve
+from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
 from tests.integration.router_fakes import SETTINGS, Answer, request
 from tests.integration.sim_house import LENGTH, WORKERS, House, house, prompt_of
 from tests.otlp_collector import Collector, SpanSeen, collector, tree
@@ -252,3 +254,27 @@ async def test_n_completions_are_attempts_of_one_request(spans: Collector) -> No
 
 def _names(below: list[tuple[str, Any]]) -> set[str]:
     return {name for name, _ in below}.union(*(_names(inner) for _, inner in below))
+
+
+async def test_a_request_in_another_protocol_is_traced_alike(spans: Collector) -> None:
+    """Promise: also one that its front refuses."""
+    text = kserve.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=[1])
+    text.contents.bytes_contents.append(b"hello " * 12)
+    asked = kserve.ModelInferRequest(model_name="sim", id="r1", inputs=[text])
+    asked.parameters["max_tokens"].int64_param = LENGTH
+    async with (
+        traced(spans) as here,
+        grpc.aio.insecure_channel(f"127.0.0.1:{here.app.port}") as channel,
+    ):
+        stub = kserve_grpc.GRPCInferenceServiceStub(channel)
+        await stub.ModelInfer(asked, timeout=20, metadata=SAMPLED)
+        text.name = "nonsense"
+        refused = kserve.ModelInferRequest(model_name="sim", inputs=[text])
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.ModelInfer(refused, timeout=20, metadata=SAMPLED)
+    (root,), (failed,) = spans.named("text_completion sim"), spans.named("text_completion")
+    assert root.parent_id == failed.parent_id == CALLER
+    assert tree(spans.spans, root.span_id) == WHOLE
+    assert root.attributes["rpc.service"] == "inference.GRPCInferenceService"
+    assert str(root.attributes["gen_ai.response.id"]).startswith("r1.")
+    assert failed.attributes["error.type"] == "invalid_request"
