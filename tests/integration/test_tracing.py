@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from baton.v1 import inference_pb2
@@ -278,3 +279,24 @@ async def test_a_request_in_another_protocol_is_traced_alike(spans: Collector) -
     assert root.attributes["rpc.service"] == "inference.GRPCInferenceService"
     assert str(root.attributes["gen_ai.response.id"]).startswith("r1.")
     assert failed.attributes["error.type"] == "invalid_request"
+
+
+async def test_a_request_over_http_is_traced_alike(spans: Collector) -> None:
+    """Promise: below the span that its `traceparent` header names; also one that is refused."""
+    settings = replace(SETTINGS, otlp_endpoint=spans.endpoint, http_listen="127.0.0.1:0")
+    workers = replace(WORKERS, otlp_endpoint=spans.endpoint)
+    async with house(1, 1, settings=settings, workers=workers) as here:
+        assert here.app.http is not None
+        url = f"http://127.0.0.1:{here.app.http.port}/v1/completions"
+        async with httpx.AsyncClient(headers=dict(SAMPLED), trust_env=False) as client:
+            asked = {"model": "sim", "prompt": "hello " * 12, "max_tokens": LENGTH}
+            assert (await client.post(url, json=asked)).status_code == 200
+            assert (await client.post(url, json=asked | {"max_tokens": -1})).status_code == 400
+            assert (await client.post(url, content=b"{")).status_code == 400
+    root, invalid = spans.named("text_completion sim")
+    (unread,) = spans.named("text_completion")
+    assert root.parent_id == invalid.parent_id == unread.parent_id == CALLER
+    assert tree(spans.spans, root.span_id) == WHOLE
+    assert root.attributes["http.route"] == "/v1/completions"
+    for failed in (invalid, unread):
+        assert failed.attributes["error.type"] == "invalid_request"

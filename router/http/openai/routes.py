@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.access import Caller
+from baton.service.tracing import Origin, http_origin
 from baton.v1 import inference_pb2
 from router.http.edge import caller_of
 from router.http.errors import violations
@@ -65,7 +66,12 @@ def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
     ) -> Response:
         requests = completion_requests(body, _request_id(request))
         return GenerationResponse(
-            inference, requests, caller, writer_of(body, TextForm(vocabulary)), timeout_s=timeout_s
+            inference,
+            requests,
+            caller,
+            writer_of(body, TextForm(vocabulary)),
+            timeout_s=timeout_s,
+            origin=_origin(request),
         )
 
     @routes.post(
@@ -78,7 +84,12 @@ def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
     ) -> Response:
         requests = chat_requests(body, _request_id(request))
         return GenerationResponse(
-            inference, requests, caller, writer_of(body, ChatForm(vocabulary)), timeout_s=timeout_s
+            inference,
+            requests,
+            caller,
+            writer_of(body, ChatForm(vocabulary)),
+            timeout_s=timeout_s,
+            origin=_origin(request),
         )
 
     def described(found: inference_pb2.GetModelResponse) -> Model:
@@ -121,7 +132,7 @@ def _counting(inference: Inference) -> type[APIRoute]:
                     if error.status_code != HTTPStatus.BAD_REQUEST:
                         raise
                     problem = InvalidRequestError(FieldViolation("body", "is not JSON in UTF-8"))
-                return await inference.refuse(problem)
+                return await inference.refuse(problem, _origin(request))
 
             return counted
 
@@ -131,3 +142,8 @@ def _counting(inference: Inference) -> type[APIRoute]:
 def _request_id(request: Request) -> str:
     """Begins with what the answer's header says. A client may give one id to several requests that run at once."""
     return f"{request.state.request_id}.{secrets.token_hex(4)}"
+
+
+def _origin(request: Request) -> Origin:
+    """Precondition: the route's path has no parameters."""
+    return http_origin(request.headers.items(), request.method, request.url.path)

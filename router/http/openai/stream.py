@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from baton.errors import BatonError, InvalidRequestError
 from baton.service.access import Caller
 from baton.service.interceptors import typed_error
+from baton.service.tracing import Origin
 from baton.v1 import inference_pb2
 from router.http.edge import response_to
 from router.http.errors import to_http
@@ -57,6 +58,7 @@ class GenerationResponse(Response):
         writer_of: WriterOf,
         *,
         timeout_s: float | None,
+        origin: Origin,
     ) -> None:
         super().__init__()
         self._inference = inference
@@ -64,6 +66,7 @@ class GenerationResponse(Response):
         self._caller = caller
         self._writer_of = writer_of
         self._timeout_s = timeout_s
+        self._origin = origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._serve(scope, receive, send), name="answer")
@@ -104,7 +107,9 @@ class GenerationResponse(Response):
     async def _answer(self, writer: Writer, number: int) -> None:
         request = self._requests[number]
         part = _Part(writer, number * max(1, request.sampling.n))
-        await self._inference.generate(request, self._caller, part, timeout_s=self._timeout_s)
+        await self._inference.generate(
+            request, self._caller, part, timeout_s=self._timeout_s, origin=self._origin
+        )
 
 
 class _Part:
