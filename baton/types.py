@@ -171,6 +171,16 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectStoreUsage:
+    """The object store of a worker's node, which carries KV between workers."""
+
+    used_bytes: int
+    capacity_bytes: int
+    spilled_bytes: int
+    """Written to disk for want of room, since the node started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixDelta:
     """Changes of a prefix cache since the last delta was taken."""
 

@@ -146,7 +146,7 @@ class Decoder:
             ):
                 async for batch in reader:
                     if not progress.reserved:
-                        yield self._reserved(batch[0], progress)
+                        yield self._reserved(batch[0], job, progress)
                         if job.source is not None:
                             yield await self._take_kv(job, job.source, progress, reader)
                     for told in self._tell(batch, job, progress):
@@ -155,14 +155,16 @@ class Decoder:
                             call.outcome.done()
                         yield told
 
-    def _reserved(self, event: EngineEvent, progress: _Progress) -> JobReserved:
+    def _reserved(self, event: EngineEvent, job: DecodeJob, progress: _Progress) -> JobReserved:
         assert isinstance(event, Reserved | Started), event
         call = progress.call
         progress.reserved = True
         progress.cached_tokens = event.cached_tokens
         call.facts["baton.cached_tokens"] = event.cached_tokens
         queue_s = call.record(Event.RESERVED) - call.timeline.received_s
-        self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
+        self._host.metrics.record_queue(
+            queue_s, prompt_tokens=len(job.sequence), hit_tokens=event.cached_tokens
+        )
         return JobReserved(queue_s, event.cached_tokens)
 
     def _tell(

@@ -245,7 +245,9 @@ class Prefiller:
         if isinstance(event, Started):
             progress.cached_tokens = event.cached_tokens
             queue_s = call.record(Event.PREFILL_STARTED) - call.timeline.received_s
-            self._host.metrics.record_queue(queue_s, hit_tokens=event.cached_tokens)
+            self._host.metrics.record_queue(
+                queue_s, prompt_tokens=len(job.sequence), hit_tokens=event.cached_tokens
+            )
             return JobStarted(queue_s, event.cached_tokens)
         if isinstance(event, Progress):
             return JobProgress(event.computed_tokens)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton import codec
 from baton.errors import (
@@ -21,7 +21,7 @@ from baton.errors import (
     NotFoundError,
 )
 from baton.lifecycle import Event, Timeline
-from baton.service.metrics import RouterMetrics, outcome_of
+from baton.service.metrics import NO_OBJECTIVES, Objectives, RouterMetrics, outcome_of
 from baton.service.tracing import NO_SPAN, Span
 from baton.types import FinishReason
 from baton.v1 import inference_pb2 as pb
@@ -42,6 +42,8 @@ class Account:
     """See the module docstring. What is None has not come to be."""
 
     timeline: Timeline
+    targets: Objectives = NO_OBJECTIVES
+    """Of requests that name none."""
     stage: str = "validation"
     """What the request waits for until it is generating."""
     operation: str = "text_completion"
@@ -73,6 +75,12 @@ class Account:
     def completion_tokens(self) -> int:
         return 0 if self.answer is None else self.answer.completion_tokens
 
+    @property
+    def objectives(self) -> Objectives:
+        """What the request is wanted to keep to."""
+        own_ttft_s = None if self.request is None else self.request.ttft_slo_s
+        return self.targets if own_ttft_s is None else replace(self.targets, ttft_s=own_ttft_s)
+
     @asynccontextmanager
     async def counted(self, metrics: RouterMetrics) -> AsyncIterator[None]:
         """Counts the request when the context ends, whatever became of it."""
@@ -94,6 +102,7 @@ class Account:
                 prompt_tokens=self.prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self.completion_tokens,
+                objectives=self.objectives,
             )
             self._log_end()
 
@@ -175,20 +184,13 @@ def _timings(timeline: Timeline, stats: AttemptStats) -> pb.Timings:
     def at_s(event: Event) -> float:
         return timeline.at_s(event) or 0.0
 
-    placed_s = at_s(Event.PLACED)
-
-    def last_at_s(event: Event) -> float:
-        """0 where an earlier attempt came to it, but not the last one."""
-        seconds = at_s(event)
-        return seconds if seconds >= placed_s else 0.0
-
     return pb.Timings(
         admitted_at_seconds=at_s(Event.ADMITTED),
-        placed_at_seconds=placed_s,
-        reserved_at_seconds=last_at_s(Event.RESERVED),
-        prefill_started_at_seconds=last_at_s(Event.PREFILL_STARTED),
+        placed_at_seconds=at_s(Event.PLACED),
+        reserved_at_seconds=at_s(Event.RESERVED),
+        prefill_started_at_seconds=at_s(Event.PREFILL_STARTED),
         first_token_at_seconds=at_s(Event.FIRST_TOKEN),
-        kv_received_at_seconds=last_at_s(Event.KV_RECEIVED),
+        kv_received_at_seconds=at_s(Event.KV_RECEIVED),
         last_token_at_seconds=at_s(Event.LAST_TOKEN),
         finished_at_seconds=at_s(Event.FINISHED),
         prefill_queue_seconds=stats.prefill_queue_s,

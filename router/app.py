@@ -81,6 +81,7 @@ class RouterApp:
             settings,
             client_services=[INFERENCE_SERVICE, SESSION_SERVICE, OPEN_INFERENCE_SERVICE],
             fleet_service=FLEET_SERVICE,
+            on_refused=self.metrics.record_refused_call,
         )
         self.http: HttpFront | None = None
         """Where the settings ask for one."""
@@ -136,7 +137,7 @@ class RouterApp:
         await self._ports.set_serving(serving=True)
         self._status_line.start()
         if self._settings.autoscale:
-            autoscaler = Autoscaler(self.fleet, self._settings)
+            autoscaler = Autoscaler(self.fleet, self._settings, self.metrics)
             self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
         ports = (self.port, self.fleet_port, self.metrics_port)
         _log.info("serving on port %d, workers join on port %d, metrics on port %d", *ports)

@@ -36,7 +36,7 @@ from baton.errors import (
     PreconditionError,
     UnavailableError,
 )
-from baton.lifecycle import Event, Timeline
+from baton.lifecycle import LOCAL_STAGES, MOVED_STAGES, SPLIT_STAGES, Event, Stages, Timeline
 from baton.service.tracing import NO_SPAN, Span
 from baton.types import (
     AttemptKey,
@@ -140,6 +140,8 @@ class Attempt:
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.stage = Stage.DECODE if attach else Stage.RESERVE
+        self.stages = _stages(pair, attach=attach, moved=moved is not None)
+        """What it goes through, for its durations."""
         self.failure: Failure | None = None
         self.finish_reason: FinishReason | None = None
         """None after a success: the sink wanted no more."""
@@ -347,6 +349,10 @@ class Attempt:
             raise InternalError("prefill's first token is not the one token that was asked for")
         self.stats.prefill_s = first.prefill_seconds
         self._has_first_token = True
+        self._timeline.record(Event.PREFILLED, time.monotonic())
+        if self._has_kv.is_set():
+            # The two workers' messages crossed on their way.
+            self._timeline.record(Event.KV_RECEIVED, time.monotonic())
         if self.stage is Stage.PREFILL:
             self.stage = Stage.HANDOFF
         finish = codec.finish_reason_from_proto(first.finish_reason)
@@ -406,3 +412,11 @@ class Attempt:
         if self._remaining_s() <= DEADLINE_SLACK_S:
             return DeadlineError(self.stage.value)
         return UnavailableError(f"the worker timed out in stage {error.stage!r}")
+
+
+def _stages(pair: Pair, *, attach: bool, moved: bool) -> Stages:
+    if attach:
+        return {}
+    if moved:
+        return MOVED_STAGES
+    return LOCAL_STAGES if pair.prefill is None else SPLIT_STAGES

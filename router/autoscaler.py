@@ -10,7 +10,8 @@ from collections import deque
 
 import grpc
 
-from baton.errors import UnavailableError
+from baton.errors import BatonError, UnavailableError
+from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
 from baton.service.status import error_from_rpc
 from baton.types import Role, WorkerId
@@ -26,8 +27,9 @@ MEMORY_WINDOWS = 6
 class Autoscaler:
     """See the module docstring."""
 
-    def __init__(self, fleet: Fleet, settings: RouterSettings) -> None:
+    def __init__(self, fleet: Fleet, settings: RouterSettings, metrics: RouterMetrics) -> None:
         self._fleet = fleet
+        self._metrics = metrics
         self._settings = settings
         self._config = AutoscaleConfig(
             window_s=settings.autoscale_window_s,
@@ -70,15 +72,17 @@ class Autoscaler:
         _log.info(
             "worker %s turns to %s: %s", change.worker_id, change.to_role.value, change.reason
         )
+        failure: BatonError | None = None
         try:
             await self._fleet.set_role(
                 change.worker_id, change.to_role, self._settings.drain_grace_s
             )
         except grpc.aio.AioRpcError as error:
-            _log.warning(
-                "worker %s did not turn: %s", change.worker_id, error_from_rpc(error).message
-            )
+            failure = error_from_rpc(error)
         except UnavailableError as error:
-            _log.warning("worker %s did not turn: %s", change.worker_id, error.message)
+            failure = error
         finally:
             self._changed_at_s[change.worker_id] = time.monotonic()
+        if failure is not None:
+            _log.warning("worker %s did not turn: %s", change.worker_id, failure.message)
+        self._metrics.record_autoscaling(change.to_role, failure)

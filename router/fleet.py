@@ -157,7 +157,10 @@ class Fleet:
             digest=digest,
             last_decode=None if resident is None else resident.worker_id,
         )
-        return self._policy.place(self._view(hashes, resident), request)
+        began_s = time.perf_counter()
+        placement = self._policy.place(self._view(hashes, resident), request)
+        self._metrics.record_placement(time.perf_counter() - began_s)
+        return placement
 
     def predicted_ttft_s(self, hashes: SequenceHashes, resident: Resident | None) -> float | None:
         """From now to the first token, were a sequence placed now; None where that is not known."""

@@ -120,6 +120,8 @@ class Generation:
         """What a draining worker holds for the next attempt."""
         self._fruitless = 0
         """Failed attempts since the last new token."""
+        self._lost: str | None = None
+        """Why the last attempt was not the last, until there is a new token; a label of metrics."""
         self._stage: Callable[[], str] = lambda: "placement"
         self.prompt_cached = asyncio.Event()
         """Set once a decode worker has the prompt's KV; and in any case at the end."""
@@ -175,6 +177,7 @@ class Generation:
     async def _place(self) -> Placement:
         """Waits, within limits, for workers that can take the request."""
         self._stage = lambda: "placement"
+        self._timeline.record(Event.PLACING, time.monotonic())
         end_s = time.monotonic() + self._settings.worker_wait_s
         while True:
             placed = self._choose()
@@ -220,7 +223,7 @@ class Generation:
                 AttemptKey(self._name, len(self.reports)),
                 sequence,
                 held.pair,
-                sink=self._output.put,
+                sink=self._output.put if self._lost is None else self._recovered,
                 timeline=self._timeline,
                 deadline_s=self._deadline_s,
                 terms=self._terms,
@@ -268,6 +271,9 @@ class Generation:
             self._moved = attempt.left
             why = DrainingError("decode drains; its KV moves on")
             failure = Failure(why, pair.decode.worker_id)
+        if failure is not None and self._lost is None:
+            self._lost = "failure" if self._moved is None else "drain"
+            self._timeline.record(Event.LOST, time.monotonic())
         error: BatonError | None = None if failure is None else failure.error
         report = Report(
             prefill_worker="" if pair.prefill is None else pair.prefill.worker_id,
@@ -275,7 +281,7 @@ class Generation:
             failure="" if error is None else f"{error.reason}: {error.message}",
             resumed_tokens=resumed_tokens,
         )
-        self._record(report, error, attempt.stats)
+        self._record(report, error, attempt)
         if len(self._output.generated) > resumed_tokens:
             self._avoid.clear()
             self._fruitless = 0
@@ -298,13 +304,23 @@ class Generation:
             pause_s = FIRST_BACKOFF_S * 2 ** (self._fruitless - 2)
             await asyncio.sleep(min(MAX_BACKOFF_S, pause_s))
 
-    def _record(self, report: Report, error: BatonError | None, stats: AttemptStats) -> None:
+    def _recovered(self, chunk: TokenChunk) -> bool:
+        """The sink of an attempt after one that was lost."""
+        if self._lost is not None:
+            self._timeline.record(Event.RECOVERED, time.monotonic())
+            pause_s = self._timeline.between_s(Event.LOST, Event.RECOVERED)
+            assert pause_s is not None
+            self._metrics.record_recovery(self._lost, pause_s)
+            self._lost = None
+        return self._output.put(chunk)
+
+    def _record(self, report: Report, error: BatonError | None, attempt: Attempt) -> None:
         self.reports.append(report)
-        self._metrics.record_attempt(error)
+        self._metrics.record_attempt(error, attempt.stage.value)
+        self._metrics.record_stages(self._timeline.durations(attempt.stages))
         if error is not None:
             level = logging.INFO if isinstance(error, DrainingError) else logging.WARNING
             _log.log(level, "attempt %d ended: %s", len(self.reports) - 1, report.failure)
-        if stats.prefill_s:
-            self._metrics.record_prefill(stats.prefill_s)
+        stats = attempt.stats
         if stats.handoff_bytes:
             self._metrics.record_handoff(stats.handoff_s, stats.handoff_bytes)

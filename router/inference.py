@@ -28,7 +28,7 @@ from baton.kv.prefix import SequenceHashes
 from baton.lifecycle import Event, Timeline
 from baton.service.access import Caller
 from baton.service.logging import bind
-from baton.service.metrics import RouterMetrics
+from baton.service.metrics import Objectives, RouterMetrics
 from baton.service.settings import RouterSettings
 from baton.service.tracing import Origin, Tracing
 from baton.v1 import inference_pb2 as pb
@@ -88,6 +88,10 @@ class Inference:
         self._metrics = metrics
         self._tracing = tracing
         self._since_s = time.monotonic()
+        self._targets = Objectives(
+            ttft_s=settings.ttft_target_s or settings.default_ttft_slo_s,
+            tpot_s=settings.tpot_target_s,
+        )
 
     async def generate(
         self,
@@ -101,7 +105,7 @@ class Inference:
         """Writes one Accepted, Chunks, and one Finished. `timeout_s` is the client's; None stands for the settings' default."""
         now_s = time.monotonic()
         deadline_s = now_s + self._timeout_s(timeout_s)
-        account = Account(Timeline(received_s=now_s))
+        account = Account(Timeline(received_s=now_s), targets=self._targets)
         if request.WhichOneof("prompt") == "chat":
             account.operation = "chat"
         session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)

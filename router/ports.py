@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import grpc
 
-from baton.errors import FieldViolation, InvalidRequestError
-from baton.service.access import Access, KeyAccess, OpenAccess
+from baton.errors import BatonError, FieldViolation, InvalidRequestError
+from baton.service.access import Access, KeyAccess, OpenAccess, WatchedAccess
 from baton.service.channel import fleet_files
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings
@@ -24,11 +24,17 @@ class Ports:
     """See the module docstring."""
 
     def __init__(
-        self, settings: RouterSettings, *, client_services: Iterable[str], fleet_service: str
+        self,
+        settings: RouterSettings,
+        *,
+        client_services: Iterable[str],
+        fleet_service: str,
+        on_refused: Callable[[BatonError], None],
     ) -> None:
-        """Services by their full names. Raises `InvalidRequestError` where the settings contradict each other or a file is unusable."""
+        """Services by their full names. `on_refused` is told of every client that has no access.
+        Raises `InvalidRequestError` where the settings contradict each other or a file is unusable."""
         within = _fleet_settings(settings)
-        self.access = _client_access(settings)
+        self.access: Access = WatchedAccess(_client_access(settings), on_refused)
         tls, names = client_tls(settings), [*client_services]
         self._clients = GrpcServer(
             settings,

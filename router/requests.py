@@ -90,9 +90,11 @@ class RequestTable:
         aborted with.
         """
         if self._refuses:
+            self._metrics.record_rejection("draining")
             raise DrainingError("the router is draining")
         name = (demand.tenant, request_id)
         if name in self._requests:
+            self._metrics.record_rejection("duplicate")
             raise AlreadyExistsError(f"a request {request_id!r} runs")
         task = asyncio.current_task()
         assert task is not None

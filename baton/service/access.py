@@ -5,10 +5,11 @@ for the tenant in whose name they act; other protocols hand `Access.find` the sa
 server's event loop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from baton.errors import UnauthenticatedError
+from baton.errors import BatonError, UnauthenticatedError
 from baton.service.calls import Context
 from baton.service.keys import KeyRing, TenantLimits, load_keys
 from baton.service.reload import Reloaded
@@ -98,6 +99,24 @@ class KeyAccess:
 
     def limits_of(self, tenant: str) -> TenantLimits:
         return self._ring.limits_of(tenant)
+
+
+class WatchedAccess:
+    """Tells of every caller that another `Access` refuses."""
+
+    def __init__(self, access: Access, on_refused: Callable[[BatonError], None]) -> None:
+        self._access = access
+        self._on_refused = on_refused
+
+    def find(self, authorization: str | None) -> Caller:
+        try:
+            return self._access.find(authorization)
+        except UnauthenticatedError as error:
+            self._on_refused(error)
+            raise
+
+    def limits_of(self, tenant: str) -> TenantLimits:
+        return self._access.limits_of(tenant)
 
 
 def check(access: Access, method: str, context: Context) -> None:

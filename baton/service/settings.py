@@ -195,6 +195,12 @@ class RouterSettings(ServerSettings):
     """A request that has waited so long goes before a later one whose priority is higher by one."""
     default_ttft_slo_s: float = 0.0
     """For requests that name no TTFT objective; 0 is none but their deadline."""
+    ttft_target_s: float = 0.0
+    """What counts as in time for requests that name no TTFT objective, in metrics only: nothing is refused for it.
+    0: `default_ttft_slo_s`.
+    """
+    tpot_target_s: float = 0.0
+    """Time for each output token after the first that counts as in time, in metrics only; 0: any."""
     max_attempts: int = 4
     """Attempts in a row that may fail without a new token before the request fails."""
     worker_wait_s: float = 10.0

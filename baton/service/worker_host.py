@@ -148,7 +148,9 @@ class WorkerHost:
             await self.engine.start()
             # Routers are told of the free blocks with the first heartbeat.
             await self.engine.refresh_load()
-            self.metrics.watch(lambda: self.engine.load, lambda: self.engine.stalled_s)
+            self.metrics.watch(
+                self.engine.info, lambda: self.engine.load, lambda: self.engine.stalled_s
+            )
             metrics_port = self.metrics.serve(self.settings.host, self.settings.metrics_port)
             undo.callback(self.metrics.close)
             info = self._describe(port, metrics_port)
@@ -280,6 +282,7 @@ class WorkerHost:
                 stuck_s=engine.stuck_s,
             )
             before, self._problem = self._problem, problem_of(progress, self.settings)
+            self.metrics.set_progress(progresses=self._problem is None)
             if before is None and self._problem is not None:
                 _log.warning("no progress: %s", self._problem.reason)
             await self._publish()

@@ -6,6 +6,7 @@ Failures cross as values, since an exception of ours does not survive pickling w
 """
 
 import asyncio
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -29,11 +30,16 @@ from baton.service.settings import WorkerSettings
 from baton.service.status import error_from_status_bytes, to_status
 from baton.service.status_line import Snapshot
 from baton.service.worker_host import WorkerHost
+from baton.worker.store_meter import ObjectStoreMeter
 from baton.types import Role, WorkerInfo
+
+_log = logging.getLogger(__name__)
 
 MAX_CALLS = 4096
 """At once, on one actor: every attempt that waits for its KV is one."""
 LOAD_POLL_S = 0.2
+STORE_INTERVAL_S = 5.0
+"""Between two samples of the object store's use."""
 LINGER_S = 0.25
 """Ray still stores the answer to the last pull when that call has returned here."""
 
@@ -80,15 +86,18 @@ class WorkerActor:
     def __init__(self, config: ActorConfig) -> None:
         service_logging.configure(config.settings, sys.stderr, os.environ)
         self._loaded = (0, 0)
+        self._metering: asyncio.Task[None] | None = None
         build = partial(build_engine, config.engine, self._set_loaded)
         self._engine = AsyncEngine(build, name=config.settings.worker_id)
 
     async def start(self) -> WorkerInfo | StartFailure:
         """Loads the model and serves."""
         try:
-            return await self._worker.start()
+            info = await self._worker.start()
         except BatonError as error:
             return StartFailure(to_status(error).SerializeToString())
+        self._metering = asyncio.create_task(self._meter_store(), name="object store")
+        return info
 
     async def loaded(self) -> tuple[int, int]:
         """Bytes of weights in memory, and of all weights, which is 0 until it is known. Answers while `start` runs."""
@@ -113,7 +122,22 @@ class WorkerActor:
         return ended
 
     async def stop(self) -> None:
+        if self._metering is not None:
+            self._metering.cancel()
         await self._worker.stop()
+
+    async def _meter_store(self) -> None:
+        """Metrics only: a raylet that does not answer is no reason to stop."""
+        metrics = self._worker.host.metrics
+        meter: ObjectStoreMeter | None = None
+        while True:
+            try:
+                meter = meter or await asyncio.to_thread(ObjectStoreMeter)
+                metrics.set_object_store(await asyncio.to_thread(meter.sample))
+            except (UnavailableError, RayError) as error:
+                _log.debug("the object store's use is not known: %s", error)
+                metrics.set_object_store(None)
+            await asyncio.sleep(STORE_INTERVAL_S)
 
 
 class RunningWorker:

@@ -7,14 +7,31 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.errors import CapacityError, UnavailableError
-from baton.lifecycle import Event, Timeline
-from baton.service.metrics import MetricsServer, RouterMetrics, WorkerMetrics, outcome_of
-from baton.types import Role, WorkerLoad
+from baton.engine.sim import SimConfig, build_sim_engine
+from baton.errors import CapacityError, UnauthenticatedError, UnavailableError
+from baton.lifecycle import SPLIT_STAGES, Event, Timeline
+from baton.service.metrics import (
+    MetricsServer,
+    Objectives,
+    RouterMetrics,
+    WorkerMetrics,
+    outcome_of,
+)
+from baton.types import ObjectStoreUsage, Role, WorkerLoad
 from router.sessions.metrics import SessionMetrics
 from router.sessions.store import Counts
 
-LABELS = {"operation", "outcome", "reason", "role", "state", "le"}
+LABELS = {
+    *("cause", "device", "dtype", "le", "model_name", "objective", "operation", "outcome"),
+    *("priority", "reason", "role", "stage", "state"),
+}
+ALIASES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+}
+INFO = build_sim_engine(SimConfig(num_blocks=8)).info
 
 
 def exposition(metrics: MetricsServer) -> str:
@@ -31,17 +48,34 @@ def router() -> RouterMetrics:
     metrics = RouterMetrics()
     timeline = Timeline(received_s=100.0)
     for event, at_s in {
+        Event.ADMITTED: 100.125,
+        Event.PLACING: 100.125,
         Event.PLACED: 100.25,
+        Event.RESERVED: 100.375,
+        Event.PREFILL_STARTED: 100.4,
+        Event.PREFILLED: 100.45,
         Event.FIRST_TOKEN: 100.5,
+        Event.KV_RECEIVED: 100.6,
         Event.LAST_TOKEN: 102.5,
         Event.FINISHED: 103.0,
     }.items():
         timeline.record(event, at_s)
-    metrics.record_request(timeline, None, prompt_tokens=10, cached_tokens=4, completion_tokens=5)
-    metrics.record_attempt(None)
-    metrics.record_attempt(UnavailableError("gone"))
+    metrics.record_stages(timeline.durations(SPLIT_STAGES))
+    metrics.record_request(
+        timeline,
+        None,
+        prompt_tokens=10,
+        cached_tokens=4,
+        completion_tokens=5,
+        objectives=Objectives(ttft_s=1.0, tpot_s=0.1),
+    )
+    metrics.record_attempt(None, "decode")
+    metrics.record_attempt(UnavailableError("gone"), "handoff")
+    metrics.record_recovery("failure", 0.2)
+    metrics.record_refused_call(UnauthenticatedError("who?"))
+    metrics.record_autoscaling(Role.DECODE, UnavailableError("gone"))
+    metrics.record_placement(0.00002)
     metrics.record_handoff(0.01, 4096)
-    metrics.record_prefill(0.02)
     metrics.record_token_gap(0.003)
     metrics.set_workers({(Role.DECODE, "ready"): 2})
     sessions = SessionMetrics(metrics.registry)
@@ -55,9 +89,12 @@ def router() -> RouterMetrics:
 def worker() -> WorkerMetrics:
     metrics = WorkerMetrics(Role.PREFILL)
     load = WorkerLoad(free_blocks=3, cached_blocks=2, used_blocks=1, running_requests=1)
-    metrics.watch(lambda: load, lambda: 0.5)
+    metrics.watch(INFO, lambda: load, lambda: 0.5)
+    metrics.set_object_store(
+        ObjectStoreUsage(used_bytes=1 << 20, capacity_bytes=1 << 30, spilled_bytes=2 << 20)
+    )
     metrics.record_call("ok")
-    metrics.record_queue(0.001, hit_tokens=16)
+    metrics.record_queue(0.001, prompt_tokens=100, hit_tokens=16)
     metrics.record_prefill(0.1, computed_tokens=84)
     metrics.record_decode_tokens(3)
     metrics.record_preemption()
@@ -69,21 +106,32 @@ def worker() -> WorkerMetrics:
 def test_a_requests_stages_are_timed_by_its_lifecycle() -> None:
     metrics = router()
     for stage, seconds in {
-        "queue": 0.25,
         "time_to_first_token": 0.5,
         "time_per_output_token": 0.5,
         "request": 3.0,
-        "prefill": 0.02,
         "handoff": 0.01,
         "inter_token_latency": 0.003,
     }.items():
         assert value(metrics, f"baton_{stage}_seconds_sum") == pytest.approx(seconds)
         assert value(metrics, f"baton_{stage}_seconds_count") == 1
+    for stage, seconds in {
+        "queue": 0.125,
+        "placement": 0.125,
+        "reserve": 0.125,
+        "prefill_queue": 0.025,
+        "prefill": 0.05,
+        "first_token": 0.05,
+        "handoff": 0.15,
+        "decode": 1.9,
+    }.items():
+        assert value(metrics, "baton_stage_seconds_sum", stage=stage) == pytest.approx(seconds)
+        assert value(metrics, "baton_stage_seconds_count", stage=stage) == 1
     assert value(metrics, "baton_requests_total", outcome="ok") == 1
     assert value(metrics, "baton_prompt_tokens_total") == 10
     assert value(metrics, "baton_cached_tokens_total") == 4
     assert value(metrics, "baton_completion_tokens_total") == 5
-    assert value(metrics, "baton_attempts_total", outcome="failed", reason="unavailable") == 1
+    attempts = "baton_attempts_total"
+    assert value(metrics, attempts, outcome="failed", reason="unavailable", stage="handoff") == 1
     assert value(metrics, "baton_handoff_bytes_total") == 4096
 
 
@@ -104,7 +152,7 @@ def test_workers_that_left_are_no_longer_counted() -> None:
     metrics = router()
     metrics.set_workers({(Role.PREFILL, "ready"): 1})
     assert value(metrics, "baton_workers", role="prefill", state="ready") == 1
-    assert 'role="decode"' not in exposition(metrics)
+    assert value(metrics, "baton_workers", role="decode", state="ready") == 0
 
 
 def test_a_workers_series_carry_its_role() -> None:
@@ -126,7 +174,8 @@ def test_names_and_labels_follow_the_conventions(metrics: MetricsServer) -> None
     families = [
         family
         for family in text_string_to_metric_families(exposition(metrics))
-        if not family.name.startswith("process_") and not family.name.endswith("_created")
+        if not family.name.startswith(("process_", "vllm:"))
+        and not family.name.endswith("_created")
     ]
     assert len(families) > 10
     for family in families:
@@ -141,7 +190,7 @@ def test_names_and_labels_follow_the_conventions(metrics: MetricsServer) -> None
 
 
 def test_buckets_reach_down_to_a_millisecond() -> None:
-    assert value(router(), "baton_queue_seconds_bucket", le="0.001") == 0
+    assert value(router(), "baton_stage_seconds_bucket", stage="queue", le="0.001") == 0
 
 
 def test_the_port_serves_the_registry_and_is_free_again_afterwards() -> None:

@@ -1,0 +1,55 @@
+"""A registry, and the HTTP port at which Prometheus reads it. The port is served by threads of its own."""
+
+from socketserver import ThreadingMixIn
+from threading import Thread
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+
+from baton.errors import UnavailableError
+
+CLOSE_S = 0.02
+"""How often the HTTP thread looks whether it is to end."""
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """A slow scraper does not hold up another."""
+
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Writes no access log."""
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        """Nothing."""
+
+
+class MetricsServer:
+    """Serves one registry at /metrics on a port of its own, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._http: _HttpServer | None = None
+
+    def serve(self, host: str, port: int) -> int:
+        """Returns the bound port. Raises `UnavailableError` where it cannot be bound."""
+        app = make_wsgi_app(self.registry)
+        try:
+            self._http = make_server(host, port, app, _HttpServer, _QuietHandler)
+        except OSError as error:
+            raise UnavailableError(f"cannot serve metrics on {host}:{port}: {error}") from error
+        self._thread = Thread(
+            target=self._http.serve_forever, args=(CLOSE_S,), name="metrics", daemon=True
+        )
+        self._thread.start()
+        return self._http.server_port
+
+    def close(self) -> None:
+        """Blocks for `CLOSE_S` at most. Idempotent."""
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._thread.join()
+            self._http = None
