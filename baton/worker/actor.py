@@ -132,7 +132,8 @@ class WorkerActor:
         meter: ObjectStoreMeter | None = None
         while True:
             try:
-                meter = meter or await asyncio.to_thread(ObjectStoreMeter)
+                if meter is None:
+                    meter = await asyncio.to_thread(ObjectStoreMeter)
                 metrics.set_object_store(await asyncio.to_thread(meter.sample))
             except (UnavailableError, RayError) as error:
                 _log.debug("the object store's use is not known: %s", error)

@@ -4,6 +4,8 @@ Ray has no public call for it: this asks the raylet as `ray memory` does. Used b
 for `TIMEOUT_S` at most.
 """
 
+from typing import Any
+
 import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
@@ -21,18 +23,21 @@ class ObjectStoreMeter:
     def __init__(self) -> None:
         """Raises `UnavailableError` where Ray does not know this node."""
         here = ray.get_runtime_context().get_node_id()
-        for node in ray.nodes():
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        for node in nodes:
             if node["NodeID"] == here:
                 address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
                 break
         else:
             raise UnavailableError("Ray does not know this node")
         self._channel: grpc.Channel = init_grpc_channel(address)
-        self._raylet = node_manager_pb2_grpc.NodeManagerServiceStub(self._channel)
+        self._raylet: Any = node_manager_pb2_grpc.NodeManagerServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def sample(self) -> ObjectStoreUsage:
         """Raises `UnavailableError` where the raylet does not answer."""
-        request = node_manager_pb2.GetNodeStatsRequest(include_memory_info=False)
+        request = node_manager_pb2.GetNodeStatsRequest(  # type: ignore[attr-defined]
+            include_memory_info=False
+        )
         try:
             stats = self._raylet.GetNodeStats(request, timeout=TIMEOUT_S).store_stats
         except grpc.RpcError as error:

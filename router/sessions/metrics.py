@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.errors import BatonError, UnavailableError
-from baton.service.metrics import SECONDS, outcome_of
+from baton.service.metrics import OK, SECONDS, Children, outcome_of
 from router.sessions.store import Counts
 
 
@@ -18,9 +18,12 @@ class SessionMetrics:
         self._sessions = Gauge(
             "baton_sessions", "Sessions in the store, by state.", ["state"], registry=registry
         )
-        self._turns = Counter(
-            "baton_session_turns_total", "Turns by outcome.", ["outcome"], registry=registry
+        self._turns = Children(
+            Counter(
+                "baton_session_turns_total", "Turns by outcome.", ["outcome"], registry=registry
+            )
         )
+        self._turns(OK)
         self._prompt_tokens = Counter(
             "baton_session_prompt_tokens_total",
             "Prompt tokens of turns that finished, with their history.",
@@ -34,23 +37,27 @@ class SessionMetrics:
         self._expired = Counter(
             "baton_sessions_expired_total", "Sessions whose time had come.", registry=registry
         )
-        self._store_s = Histogram(
-            "baton_session_store_seconds",
-            "Operations of the session store.",
-            ["operation"],
-            buckets=SECONDS,
-            registry=registry,
+        self._store_s = Children(
+            Histogram(
+                "baton_session_store_seconds",
+                "Operations of the session store.",
+                ["operation"],
+                buckets=SECONDS,
+                registry=registry,
+            )
         )
-        self._store_failures = Counter(
-            "baton_session_store_failures_total",
-            "Operations of the session store that failed.",
-            ["operation"],
-            registry=registry,
+        self._store_failures = Children(
+            Counter(
+                "baton_session_store_failures_total",
+                "Operations of the session store that failed.",
+                ["operation"],
+                registry=registry,
+            )
         )
 
     def record_turn(self, error: BatonError | None) -> None:
         """Counts a turn at its end."""
-        self._turns.labels(outcome_of(error)).inc()
+        self._turns(outcome_of(error)).inc()
 
     def record_tokens(self, *, prompt: int, cached: int) -> None:
         """Of a turn that finished."""
@@ -68,11 +75,12 @@ class SessionMetrics:
     @contextmanager
     def operation(self, name: str) -> Iterator[None]:
         """Times an operation of the store, and counts those that it did not answer."""
+        failures = self._store_failures(name)
         began_s = time.monotonic()
         try:
             yield
         except UnavailableError:
-            self._store_failures.labels(name).inc()
+            failures.inc()
             raise
         finally:
-            self._store_s.labels(name).observe(time.monotonic() - began_s)
+            self._store_s(name).observe(time.monotonic() - began_s)

@@ -14,13 +14,14 @@ runs on the HTTP server's thread and only reads. Durations of requests come from
 from baton.service.metrics.exposition import MetricsServer
 from baton.service.metrics.objectives import NO_OBJECTIVES, Objectives
 from baton.service.metrics.router import RouterMetrics
-from baton.service.metrics.series import OK, SECONDS, outcome_of
+from baton.service.metrics.series import OK, SECONDS, Children, outcome_of
 from baton.service.metrics.worker import WorkerMetrics
 
 __all__ = [
     "NO_OBJECTIVES",
     "OK",
     "SECONDS",
+    "Children",
     "MetricsServer",
     "Objectives",
     "RouterMetrics",

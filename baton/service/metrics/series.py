@@ -42,7 +42,7 @@ class Children(Generic[_M]):
     """A metric's children by label values. The client library's own lookup takes a lock and several times as long as counting does."""
 
     def __init__(self, metric: _M) -> None:
-        self._metric = metric
+        self._metric: _M = metric
         self._children: dict[tuple[str, ...], _M] = {}
 
     def __call__(self, *values: str) -> _M:
