@@ -251,9 +251,9 @@ async def test_the_metrics_count_members_requests_and_attempts() -> None:
         read = here.app.metrics.registry.get_sample_value
         await here.until(lambda: read("baton_requests_total", {"outcome": "ok"}) == 1)
         assert read("baton_workers", {"role": "decode", "state": "ready"}) == 1
-        assert read(
-            "baton_attempts_total", {"outcome": "ok", "reason": "ok", "stage": "decode"}
-        ) == 1
+        assert (
+            read("baton_attempts_total", {"outcome": "ok", "reason": "ok", "stage": "decode"}) == 1
+        )
         assert read("baton_completion_tokens_total") == 10
         assert read("baton_time_to_first_token_seconds_count") == 1
         assert read("baton_running_requests") == 0

@@ -1,0 +1,202 @@
+"""A real Prometheus scrapes a served fleet that works, fails and recovers: every panel of every dashboard shows something, and an alert
+reaches whoever is to be told.
+"""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import pytest
+import yaml
+
+from baton.client import Client, SamplingOptions
+from baton.errors import CapacityError, InvalidRequestError
+from baton.types import Role, WorkerInfo
+from tests.dashboards import RULES, PanelQuery, queries
+from tests.faults.probes import load_of
+from tests.prometheus import Prometheus, alertmanager, prometheus, webhook
+from tests.served import Served, served, until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(180)]
+
+FLAGS = ("--engine", "sim", "--transport", "ray", "--decode", "2", "--kv-tokens", "65536")
+SETTINGS = {
+    "BATON_MAX_RUNNING": "2",
+    "BATON_TTFT_TARGET_S": "1",
+    "BATON_TPOT_TARGET_S": "0.05",
+    "BATON_SESSION_STORE": "sqlite://",
+}
+LOAD_S = 4.0
+SEEN_S = 60.0
+"""How long Prometheus has to see what happened, on a busy machine."""
+ALERT = "BatonRecoveries"
+
+
+@pytest.fixture(scope="module")
+def alerts() -> Iterator[tuple[str, "SimpleQueue[dict[str, Any]]"]]:
+    with webhook() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def watched(
+    alerts: tuple[str, "SimpleQueue[dict[str, Any]]"], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """A fleet that was scraped before, while and after it had everything happen to it."""
+    directory = tmp_path_factory.mktemp("monitoring")
+    with pytest.MonkeyPatch.context() as environ:
+        for name, value in SETTINGS.items():
+            environ.setenv(name, value)
+        with served(directory, *FLAGS) as fleet, alertmanager(directory, alerts[0]) as manager:
+            jobs = {
+                "baton-router": [router_metrics(fleet)],
+                "baton-workers": [worker.metrics_address for worker in fleet.workers()],
+            }
+            rules = [at_once(path, directory) for path in RULES]
+            with prometheus(directory, jobs, rules=rules, alertmanager=manager) as server:
+                until(lambda: num_up(server) == 4, SEEN_S, "every process is scraped")
+                put_through_it(fleet)
+                yield server
+
+
+def router_metrics(fleet: Served) -> str:
+    found = re.search(r"metrics\s+http://(\S+)/metrics", fleet.output())
+    assert found is not None, fleet.output()
+    return found[1]
+
+
+def num_up(server: Prometheus) -> float:
+    """Processes that were scraped twice at least."""
+    return sum(each.value for each in server.query("count_over_time(up[1m]) >= bool 2"))
+
+
+def at_once(rules: Path, directory: Path) -> Path:
+    """The same rules, but nobody waits for an alert."""
+    content = yaml.safe_load(rules.read_text())
+    for group in content["groups"]:
+        for rule in group["rules"]:
+            rule.pop("for", None)
+    changed = directory / rules.name
+    changed.write_text(yaml.safe_dump(content))
+    return changed
+
+
+def put_through_it(fleet: Served) -> None:
+    """Requests side by side, sessions, refusals, a request that cannot be, and a decode worker killed under a request."""
+    stop_at_s = time.monotonic() + LOAD_S
+    failures: SimpleQueue[BaseException] = SimpleQueue()
+
+    def repeat(work: Callable[[Client, int], None]) -> None:
+        number = 0
+        try:
+            with Client(fleet.address) as client:
+                while number < 3 or time.monotonic() < stop_at_s:
+                    work(client, number)
+                    number += 1
+        except BaseException as error:  # noqa: BLE001 - told by the main thread
+            failures.put(error)
+
+    works = [ask, ask, ask, talk]
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    kill_under_a_request(fleet)
+    with Client(fleet.address) as client:
+        with pytest.raises(InvalidRequestError):
+            client.complete([1, 2, 3], sampling=SamplingOptions(temperature=-1))
+        with pytest.raises(CapacityError):
+            client.complete(prompt(9), ttft_slo_s=1e-9)
+    for thread in threads:
+        thread.join(60)
+    with suppress(Empty):
+        raise failures.get(block=False)
+
+
+def prompt(number: int) -> list[int]:
+    return [2 + (number * 31 + position * 7) % 200 for position in range(300)]
+
+
+def ask(client: Client, number: int) -> None:
+    client.complete(prompt(number % 7), sampling=SamplingOptions(max_tokens=40, ignore_eos=True))
+
+
+def talk(client: Client, number: int) -> None:
+    """One session, turn after turn."""
+    session = client.sessions.create()
+    for turn in range(3):
+        client.complete(
+            prompt(50 + number)[: 60 + turn],
+            session=session,
+            sampling=SamplingOptions(max_tokens=10, ignore_eos=True),
+        )
+
+
+def kill_under_a_request(fleet: Served) -> None:
+    """The request goes on where it was."""
+    long = SamplingOptions(max_tokens=1500, ignore_eos=True, seed=1)
+    with Client(fleet.address) as client, client.generate(prompt(77), sampling=long) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        holder = busiest(fleet)
+        fleet.kill(holder)
+        for _ in chunks:
+            pass
+        assert len(stream.result.token_ids) == 1500
+        assert len(stream.result.attempts) > 1
+
+
+def busiest(fleet: Served) -> WorkerInfo:
+    """The decode worker that generates the most."""
+    return max(fleet.workers(Role.DECODE), key=lambda worker: load_of(worker).running_requests)
+
+
+def dead(server: Prometheus, left: list[PanelQuery]) -> list[PanelQuery]:
+    return [
+        query
+        for query in left
+        if not any(not math.isnan(sample.value) for sample in server.query(query.sent))
+    ]
+
+
+def test_every_panels_every_query_shows_data(watched: Prometheus) -> None:
+    """Promise: no panel is dead. Fails with the list of those that are."""
+    left = queries()
+    assert len(left) > 80
+    end_s = time.monotonic() + SEEN_S
+    while (left := dead(watched, left)) and time.monotonic() < end_s:
+        time.sleep(0.5)
+    assert not left, "\n".join(f"{each.board} / {each.panel}: {each.expr}" for each in left)
+
+
+def test_an_alert_reaches_whoever_is_told(
+    watched: Prometheus, alerts: tuple[str, "SimpleQueue[dict[str, Any]]"]
+) -> None:
+    """Promise: what Prometheus finds by the shipped rules goes through Alertmanager to a receiver, with its words."""
+    until(lambda: bool(watched.query(f'ALERTS{{alertname="{ALERT}"}}')), SEEN_S, "it fires")
+    end_s = time.monotonic() + SEEN_S
+    while True:
+        told = alerts[1].get(timeout=max(0.1, end_s - time.monotonic()))
+        found = [each for each in told["alerts"] if each["labels"]["alertname"] == ALERT]
+        if found:
+            break
+    assert found[0]["status"] == "firing"
+    assert found[0]["labels"]["severity"] == "warning"
+    assert "Clients saw a pause" in found[0]["annotations"]["description"]
+
+
+def test_recording_rules_give_ratios(watched: Prometheus) -> None:
+    """Promise: what alerts are made of has values between 0 and 1 on a live fleet."""
+    for rule in (
+        "ttft_missed:ratio_rate5m",
+        "requests_failed:ratio_rate5m",
+        "kv_blocks_held:ratio",
+    ):
+        values = [sample.value for sample in watched.query(f"baton:{rule}")]
+        assert values
+        assert all(0 <= value <= 1 for value in values if not math.isnan(value))

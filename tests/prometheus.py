@@ -1,0 +1,159 @@
+"""A Prometheus and an Alertmanager of the tests' own, as processes on free ports, gone at the end; and Debian's `promtool`."""
+
+import json
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+from urllib.parse import urlencode
+
+import yaml
+
+from tests.faults.proxy import free_port
+from tests.served import until
+
+START_S = 30.0
+INTERVAL = "500ms"
+"""Between two scrapes, and two evaluations of rules."""
+
+
+def program(name: str, package: str) -> str:
+    """Where it is. Fails with how to install it."""
+    path = shutil.which(name)
+    assert path, f"{name} is missing; install it: apt-get install {package}"
+    return path
+
+
+def promtool(*args: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [program("promtool", "prometheus"), *args]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, check=False, timeout=50
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One series of an answer."""
+
+    labels: Mapping[str, str]
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prometheus:
+    """One that runs."""
+
+    url: str
+
+    def query(self, expr: str) -> list[Sample]:
+        """What an expression gives now. Fails where Prometheus does not understand it."""
+        url = f"{self.url}/api/v1/query?{urlencode({'query': expr})}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            told = json.load(answer)
+        assert told["status"] == "success", told
+        return [Sample(each["metric"], float(each["value"][1])) for each in told["data"]["result"]]
+
+
+@contextmanager
+def prometheus(
+    directory: Path,
+    jobs: Mapping[str, Sequence[str]],
+    *,
+    rules: Sequence[Path] = (),
+    alertmanager: str = "",
+) -> Iterator[Prometheus]:
+    """Scrapes each job's addresses, evaluates the rules, and tells the Alertmanager at that address."""
+    config: dict[str, Any] = {
+        "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
+        "rule_files": [str(path) for path in rules],
+        "scrape_configs": [
+            {"job_name": job, "static_configs": [{"targets": list(addresses)}]}
+            for job, addresses in jobs.items()
+        ],
+    }
+    if alertmanager:
+        targets = [{"static_configs": [{"targets": [alertmanager]}]}]
+        config["alerting"] = {"alertmanagers": targets}
+    path = directory / "prometheus.yaml"
+    path.write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        program("prometheus", "prometheus"),
+        f"--config.file={path}",
+        f"--storage.tsdb.path={directory / 'tsdb'}",
+        f"--web.listen-address={address}",
+    ]
+    with _running(command, directory / "prometheus.log", f"http://{address}/-/ready"):
+        yield Prometheus(f"http://{address}")
+
+
+@contextmanager
+def alertmanager(directory: Path, webhook: str) -> Iterator[str]:
+    """Yields its address; it passes every alert on to the webhook at once."""
+    config = {
+        "route": {"receiver": "test", "group_wait": "0s", "group_interval": "1s"},
+        "receivers": [{"name": "test", "webhook_configs": [{"url": webhook}]}],
+    }
+    path = directory / "alertmanager.yaml"
+    path.write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        program("prometheus-alertmanager", "prometheus-alertmanager"),
+        f"--config.file={path}",
+        f"--storage.path={directory / 'alertmanager'}",
+        f"--web.listen-address={address}",
+        "--cluster.listen-address=",
+    ]
+    with _running(command, directory / "alertmanager.log", f"http://{address}/-/ready"):
+        yield address
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, "SimpleQueue[dict[str, Any]]"]]:
+    """Yields a URL and what is posted to it."""
+    posted: SimpleQueue[dict[str, Any]] = SimpleQueue()
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # noqa: N802 - the base's name
+            posted.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    thread = Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", posted
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def _running(command: Sequence[str], log: Path, ready: str) -> Iterator[None]:
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        with suppress(OSError), urllib.request.urlopen(ready, timeout=5):
+            return True
+        return False
+
+    try:
+        until(answers, START_S, f"{command[0]} is ready")
+        yield
+    finally:
+        process.kill()
+        process.wait(10)
