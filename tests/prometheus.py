@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
-from urllib.parse import urlencode
 
+import httpx
 import yaml
 
 from tests.faults.proxy import free_port
@@ -50,13 +49,12 @@ class Sample:
 class Prometheus:
     """One that runs."""
 
-    url: str
+    http: httpx.Client
 
     def query(self, expr: str) -> list[Sample]:
         """What an expression gives now. Fails where Prometheus does not understand it."""
-        url = f"{self.url}/api/v1/query?{urlencode({'query': expr})}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            told = json.load(answer)
+        answer = self.http.get("/api/v1/query", params={"query": expr})
+        told = answer.json()
         assert told["status"] == "success", told
         return [Sample(each["metric"], float(each["value"][1])) for each in told["data"]["result"]]
 
@@ -90,8 +88,12 @@ def prometheus(
         f"--storage.tsdb.path={directory / 'tsdb'}",
         f"--web.listen-address={address}",
     ]
-    with _running(command, directory / "prometheus.log", f"http://{address}/-/ready"):
-        yield Prometheus(f"http://{address}")
+    url = f"http://{address}"
+    with (
+        _running(command, directory / "prometheus.log", f"{url}/-/ready"),
+        httpx.Client(base_url=url, timeout=20) as http,
+    ):
+        yield Prometheus(http)
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def webhook() -> Iterator[tuple[str, "SimpleQueue[dict[str, Any]]"]]:
     posted: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
     class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the base's name
+        def do_POST(self) -> None:
             posted.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(200)
             self.end_headers()
@@ -147,8 +149,8 @@ def _running(command: Sequence[str], log: Path, ready: str) -> Iterator[None]:
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()
-        with suppress(OSError), urllib.request.urlopen(ready, timeout=5):
-            return True
+        with suppress(httpx.TransportError):
+            return httpx.get(ready, timeout=5).is_success
         return False
 
     try:

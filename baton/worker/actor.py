@@ -30,8 +30,8 @@ from baton.service.settings import WorkerSettings
 from baton.service.status import error_from_status_bytes, to_status
 from baton.service.status_line import Snapshot
 from baton.service.worker_host import WorkerHost
-from baton.worker.store_meter import ObjectStoreMeter
 from baton.types import Role, WorkerInfo
+from baton.worker.store_meter import ObjectStoreMeter
 
 _log = logging.getLogger(__name__)
 

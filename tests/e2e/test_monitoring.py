@@ -166,6 +166,8 @@ def dead(server: Prometheus, left: list[PanelQuery]) -> list[PanelQuery]:
 
 def test_every_panels_every_query_shows_data(watched: Prometheus) -> None:
     """Promise: no panel is dead. Fails with the list of those that are."""
+    nobody = PanelQuery("none", "none", "rate(baton_never_total[$__rate_interval])")
+    assert dead(watched, [nobody]) == [nobody]
     left = queries()
     assert len(left) > 80
     end_s = time.monotonic() + SEEN_S

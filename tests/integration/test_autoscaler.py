@@ -56,6 +56,13 @@ def count(here: FlexHouse, role: Role) -> int:
     return sum(each is role for each in here.roles.values())
 
 
+def changes(here: FlexHouse, role: Role, outcome: str) -> float:
+    """That the autoscaler asked for."""
+    labels = {"role": role.value, "outcome": outcome}
+    name = "baton_autoscaler_changes_total"
+    return here.app.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
 async def test_roles_follow_a_load_that_shifts_from_long_prompts_to_long_answers() -> None:
     """Promise: workers turn to the phase that lacks them, none is lost from a role that has one, and every answer is right and whole,
     with no attempt that fails: some move on, with their KV.
@@ -68,6 +75,8 @@ async def test_roles_follow_a_load_that_shifts_from_long_prompts_to_long_answers
         answers = Clients(here, 24, prompt=40, answer=120)
         await here.until(lambda: count(here, DECODE) == 3, 20)
         long_answers = await answers.end()
+        for role in Role:
+            assert changes(here, role, "ok") >= 1
     assert len(long_prompts) == 8
     assert len(long_answers) == 24
     async with flex_house({"only": DECODE}, sim=replace(SIM, token_s=0.0)) as still:
