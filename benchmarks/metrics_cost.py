@@ -60,11 +60,11 @@ def works() -> dict[str, Callable[[], object]]:
 
 
 def microseconds(work: Callable[[], object], calls: int) -> float:
-    """Mean of so many calls."""
-    began_s = time.perf_counter()
+    """Of the processor, for each of so many calls."""
+    began_s = time.thread_time()
     for _ in range(calls):
         work()
-    return (time.perf_counter() - began_s) / calls * 1e6
+    return (time.thread_time() - began_s) / calls * 1e6
 
 
 def main() -> None:

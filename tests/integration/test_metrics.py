@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from baton.lifecycle import STAGES
 from baton.service.keys import TenantLimits, add_key, new_key
-from baton.types import Role
+from baton.types import Role, WorkerId
 from baton.v1 import inference_pb2
 from tests.integration.router_fakes import SETTINGS, Answer, request
 from tests.integration.sim_house import SIM, House, house
@@ -183,7 +183,7 @@ def promtool_says(registry: CollectorRegistry) -> list[str]:
     return sorted((checked.stdout + checked.stderr).splitlines())
 
 
-def serving(here: House) -> str:
+def serving(here: House) -> WorkerId:
     """The decode worker that generates."""
     infos = here.app.fleet.registry.infos()
     decodes = [info.worker_id for info in infos if info.role is Role.DECODE]
