@@ -142,7 +142,7 @@ _Builder = timeseries.Panel | stat.Panel | heatmap.Panel
 
 
 def _panel(panel: Panel) -> _Builder:
-    made = _shown(panel.kind)
+    made = _shown(panel.kind, panel.unit)
     made.title(panel.title).unit(panel.unit).datasource(DATASOURCE)
     if panel.description:
         made.description(panel.description)
@@ -155,12 +155,12 @@ def _panel(panel: Panel) -> _Builder:
     return made
 
 
-def _shown(kind: Kind) -> _Builder:
+def _shown(kind: Kind, unit: str) -> _Builder:
     if kind is Kind.NUMBER:
         latest = common_builders.ReduceDataOptions().calcs(["lastNotNull"])
         return stat.Panel().reduce_options(latest).graph_mode(common.BigValueGraphMode.AREA)
     if kind is Kind.HEATMAP:
-        return heatmap.Panel().calculate(False)
+        return heatmap.Panel().calculate(False).y_axis(heatmap.YAxisConfig().unit(unit))
     legend = (
         common_builders.VizLegendOptions()
         .display_mode(common.LegendDisplayMode.LIST)
@@ -179,8 +179,7 @@ def _shown(kind: Kind) -> _Builder:
 
 
 def _target(query: Query, kind: Kind) -> prometheus.Dataquery:
-    target = prometheus.Dataquery().expr(query.expr).datasource(DATASOURCE)
+    target = prometheus.Dataquery().expr(query.expr).datasource(DATASOURCE).range()
     if kind is Kind.HEATMAP:
-        return target.format(PromQueryFormat.HEATMAP).legend_format("{{le}}").range()
-    target.legend_format(query.legend or "__auto")
-    return target.instant() if kind is Kind.NUMBER else target.range()
+        return target.format(PromQueryFormat.HEATMAP).legend_format("{{le}}")
+    return target.legend_format(query.legend or "__auto")

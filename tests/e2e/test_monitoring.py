@@ -73,7 +73,7 @@ def router_metrics(fleet: Served) -> str:
 
 def num_up(server: Prometheus) -> float:
     """Processes that were scraped twice at least."""
-    return sum(each.value for each in server.query("count_over_time(up[1m]) >= bool 2"))
+    return sum(each.value for each in server.query("sum_over_time(up[1m]) >= bool 2"))
 
 
 def at_once(rules: Path, directory: Path) -> Path:
@@ -88,7 +88,8 @@ def at_once(rules: Path, directory: Path) -> Path:
 
 
 def put_through_it(fleet: Served) -> None:
-    """Requests side by side, sessions, refusals, a request that cannot be, and a decode worker killed under a request."""
+    """A decode worker killed under a request; then requests side by side, sessions, refusals, and a request that cannot be."""
+    kill_under_a_request(fleet)
     stop_at_s = time.monotonic() + LOAD_S
     failures: SimpleQueue[BaseException] = SimpleQueue()
 
@@ -106,7 +107,6 @@ def put_through_it(fleet: Served) -> None:
     threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
-    kill_under_a_request(fleet)
     with Client(fleet.address) as client:
         with pytest.raises(InvalidRequestError):
             client.complete([1, 2, 3], sampling=SamplingOptions(temperature=-1))
@@ -143,8 +143,7 @@ def kill_under_a_request(fleet: Served) -> None:
     with Client(fleet.address) as client, client.generate(prompt(77), sampling=long) as stream:
         chunks = iter(stream)
         next(chunks)
-        holder = busiest(fleet)
-        fleet.kill(holder)
+        fleet.kill(busiest(fleet))
         for _ in chunks:
             pass
         assert len(stream.result.token_ids) == 1500

@@ -25,12 +25,6 @@ LABELS = {
     *("cause", "device", "dtype", "le", "model_name", "objective", "operation", "outcome"),
     *("priority", "reason", "role", "stage", "state"),
 }
-ALIASES = {
-    "vllm:num_requests_running",
-    "vllm:num_requests_waiting",
-    "vllm:kv_cache_usage_perc",
-    "vllm:cache_config_info",
-}
 INFO = build_sim_engine(SimConfig(num_blocks=8)).info
 
 
