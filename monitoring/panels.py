@@ -22,7 +22,7 @@ COLUMNS = 24
 DATASOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 NO_VARIABLES_FIELDS = ("id", "auto", "auto_min", "auto_count")
 """The library writes these, and a dashboard's style; Grafana's schema does not know them."""
-JOBS = "label_values(baton_workers or baton_worker_info, job)"
+JOBS = 'label_values({__name__=~"baton_workers|baton_worker_info"}, job)'
 """Routers' and workers' scrape jobs."""
 
 
@@ -129,7 +129,7 @@ def _job_variable() -> builders.QueryVariable:
         builders.QueryVariable("job")
         .label("Job")
         .datasource(DATASOURCE)
-        .query({"query": JOBS, "refId": "job"})
+        .query({"query": JOBS, "refId": "PrometheusVariableQueryEditor-VariableQuery"})
         .refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .multi(True)
         .include_all(True)

@@ -58,6 +58,13 @@ class Prometheus:
         assert told["status"] == "success", told
         return [Sample(each["metric"], float(each["value"][1])) for each in told["data"]["result"]]
 
+    def label_values(self, selector: str, label: str) -> set[str]:
+        """Of the series that a selector finds, as Grafana asks for a variable's values."""
+        answer = self.http.get("/api/v1/series", params={"match[]": selector})
+        told = answer.json()
+        assert told["status"] == "success", told
+        return {series[label] for series in told["data"]}
+
 
 @contextmanager
 def prometheus(

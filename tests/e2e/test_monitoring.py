@@ -18,7 +18,7 @@ import yaml
 from baton.client import Client, SamplingOptions
 from baton.errors import CapacityError, InvalidRequestError
 from baton.types import Role, WorkerInfo
-from tests.dashboards import RULES, PanelQuery, queries
+from tests.dashboards import DASHBOARDS, RULES, PanelQuery, load, queries
 from tests.faults.probes import load_of
 from tests.prometheus import Prometheus, alertmanager, prometheus, webhook
 from tests.served import Served, served, until
@@ -173,6 +173,14 @@ def test_every_panels_every_query_shows_data(watched: Prometheus) -> None:
     while (left := dead(watched, left)) and time.monotonic() < end_s:
         time.sleep(0.5)
     assert not left, "\n".join(f"{each.board} / {each.panel}: {each.expr}" for each in left)
+
+
+def test_the_job_variable_offers_routers_and_workers(watched: Prometheus) -> None:
+    for path in DASHBOARDS:
+        (job,) = [each for each in load(path)["templating"]["list"] if each["name"] == "job"]
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", job["query"]["query"])
+        assert asked is not None
+        assert watched.label_values(asked[1], asked[2]) == {"baton-router", "baton-workers"}
 
 
 def test_an_alert_reaches_whoever_is_told(
