@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from baton.client import Client, SamplingOptions
+from baton.client import Client, Result, SamplingOptions
 from baton.errors import CapacityError, InvalidRequestError
 from baton.types import Role, WorkerInfo
 from tests.dashboards import DASHBOARDS, RULES, PanelQuery, load, queries
@@ -88,8 +89,8 @@ def at_once(rules: Path, directory: Path) -> Path:
 
 
 def put_through_it(fleet: Served) -> None:
-    """A decode worker killed under a request; then requests side by side, sessions, refusals, and a request that cannot be."""
-    kill_under_a_request(fleet)
+    """A decode worker killed under requests; then requests side by side, sessions, refusals, and a request that cannot be."""
+    kill_under_requests(fleet)
     stop_at_s = time.monotonic() + LOAD_S
     failures: SimpleQueue[BaseException] = SimpleQueue()
 
@@ -137,22 +138,25 @@ def talk(client: Client, number: int) -> None:
         )
 
 
-def kill_under_a_request(fleet: Served) -> None:
-    """The request goes on where it was."""
-    long = SamplingOptions(max_tokens=1500, ignore_eos=True, seed=1)
-    with Client(fleet.address) as client, client.generate(prompt(77), sampling=long) as stream:
-        chunks = iter(stream)
-        next(chunks)
-        fleet.kill(busiest(fleet))
-        for _ in chunks:
-            pass
-        assert len(stream.result.token_ids) == 1500
-        assert len(stream.result.attempts) > 1
+def kill_under_requests(fleet: Served) -> None:
+    """A worker that has just begun to generate, of requests that take long together; whatever it had goes on where it was."""
+    decodes = fleet.workers(Role.DECODE)
 
+    def answer(number: int) -> Result:
+        long = SamplingOptions(max_tokens=1500, ignore_eos=True, seed=1)
+        with Client(fleet.address) as client:
+            return client.complete(prompt(70 + number), sampling=long)
 
-def busiest(fleet: Served) -> WorkerInfo:
-    """The decode worker that generates the most."""
-    return max(fleet.workers(Role.DECODE), key=lambda worker: load_of(worker).running_requests)
+    def busy() -> list[WorkerInfo]:
+        return [worker for worker in decodes if load_of(worker).running_requests]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(answer, number) for number in range(8)]
+        until(lambda: bool(busy()), 30, "a decode worker generates")
+        fleet.kill((busy() or decodes)[0])
+        results = [each.result(60) for each in answers]
+    assert {len(result.token_ids) for result in results} == {1500}
+    assert any(len(result.attempts) > 1 for result in results)
 
 
 def dead(server: Prometheus, left: list[PanelQuery]) -> list[PanelQuery]:
@@ -181,6 +185,15 @@ def test_the_job_variable_offers_routers_and_workers(watched: Prometheus) -> Non
         asked = re.fullmatch(r"label_values\((.+), (\w+)\)", job["query"]["query"])
         assert asked is not None
         assert watched.label_values(asked[1], asked[2]) == {"baton-router", "baton-workers"}
+
+
+def test_workers_tell_of_rays_object_store(watched: Prometheus) -> None:
+    """Promise: its size and use are the raylet's own, and all workers of a node tell the same."""
+    for name in ("used", "capacity"):
+        told = watched.query(f"max_over_time(baton_worker_object_store_{name}_bytes[2m])")
+        assert len(told) == 3
+    assert {sample.value for sample in told} == {told[0].value}
+    assert told[0].value >= 128 * 2**20
 
 
 def test_an_alert_reaches_whoever_is_told(
