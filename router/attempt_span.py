@@ -64,10 +64,7 @@ def attempt_traced(
                 timeline.received_s + placed_s,
                 time.monotonic(),
                 attributes=facts,
-                # What came before belongs to an earlier attempt.
-                events=[
-                    e for e in events_of(timeline, stages) if e[1] >= timeline.received_s + placed_s
-                ],
+                events=events_of(timeline, stages),
                 failure=failure_of(error),
             )
 

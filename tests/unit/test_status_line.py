@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from baton.engine.sim import SimConfig, build_sim_engine
 from baton.errors import UnavailableError
 from baton.lifecycle import Event, Timeline
 from baton.service.logging import STATUS_LOGGER
@@ -103,9 +104,10 @@ def test_the_used_share_is_of_all_blocks() -> None:
 def test_a_workers_snapshot_is_read_from_its_metrics() -> None:
     metrics = WorkerMetrics(Role.PREFILL)
     load = WorkerLoad(free_blocks=6, used_blocks=2, running_requests=2, waiting_requests=1)
-    metrics.watch(lambda: load, lambda: 0.0)
+    info = build_sim_engine(SimConfig(num_blocks=8)).info
+    metrics.watch(info, lambda: load, lambda: 0.0)
     before = worker_snapshot(metrics.registry, load)
-    metrics.record_queue(0.1, hit_tokens=16)
+    metrics.record_queue(0.1, prompt_tokens=64, hit_tokens=16)
     metrics.record_prefill(0.1, computed_tokens=48)
     metrics.role = Role.DECODE  # what was done in either role counts
     metrics.record_decode_tokens(7)
