@@ -1,6 +1,7 @@
 """The decode worker, put together: the same object inside a Ray actor, in one process with prefill, and in tests."""
 
 import grpc
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
@@ -10,30 +11,43 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, tunnel_pb2_grpc
+from baton.vllm.servicer import SERVICE as VLLM_SERVICE
+from baton.vllm.servicer import VllmServicer
 from baton.worker.calls import exported
 from decode_worker.decoder import Decoder
+from decode_worker.foreign import ForeignDecode
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE, DecodeServicer
 from decode_worker.source import StoppedAttempts
 
 
 class DecodeWorker:
-    """Serves DecodeService; takes KV through the transport, which it closes when it stops."""
+    """Serves DecodeService, and foreign routers; takes KV through the transport, which it closes when it stops."""
 
     def __init__(
         self, settings: WorkerSettings, engine: AsyncEngine, transport: KVTransport
     ) -> None:
-        self.host = WorkerHost(settings, Role.DECODE, engine, services={Role.DECODE: SERVICE})
+        self.host = WorkerHost(
+            settings,
+            Role.DECODE,
+            engine,
+            services={Role.DECODE: SERVICE},
+            roleless=[VLLM_SERVICE],
+        )
         self._transport = transport
+        self._decoder = Decoder(self.host, transport)
+        self._foreign = ForeignDecode(self.host, self._decoder, transport)
         self._attempts = HeldAttempts()
         self._source = StoppedAttempts(engine, self._attempts)
 
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
-        servicer = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
+        servicer = DecodeServicer(self.host, self._decoder, self._attempts)
         tunnel = TunnelServicer(servicer.tunnelled)
+        foreign = VllmServicer(self.host, decode=self._foreign)
 
         def add(server: grpc.aio.Server) -> None:
+            vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(foreign, server)
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
             tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
 
@@ -55,4 +69,5 @@ class DecodeWorker:
         self.host.refuse_calls()
         await self._attempts.close()
         await self.host.stop()
+        await self._foreign.close()
         await self._transport.close()

@@ -5,6 +5,7 @@ a matter of what routers place here: both services answer at any time, and what 
 """
 
 import grpc
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
@@ -14,12 +15,16 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVSource, KVTransport, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.vllm.servicer import SERVICE as VLLM_SERVICE
+from baton.vllm.servicer import VllmServicer
 from baton.worker.calls import exported
 from decode_worker.decoder import Decoder
+from decode_worker.foreign import ForeignDecode
 from decode_worker.held import HeldAttempts
 from decode_worker.servicer import SERVICE as DECODE_SERVICE
 from decode_worker.servicer import DecodeServicer
 from decode_worker.source import StoppedAttempts
+from prefill_worker.foreign import ForeignPrefill
 from prefill_worker.prefiller import Prefiller
 from prefill_worker.servicer import SERVICE as PREFILL_SERVICE
 from prefill_worker.servicer import PrefillServicer
@@ -33,20 +38,27 @@ class FlexWorker:
     ) -> None:
         """`role` is the first one."""
         services = {Role.PREFILL: PREFILL_SERVICE, Role.DECODE: DECODE_SERVICE}
-        self.host = WorkerHost(settings, role, engine, services=services)
+        self.host = WorkerHost(settings, role, engine, services=services, roleless=[VLLM_SERVICE])
         self._prefiller = Prefiller(self.host)
+        self._foreign_prefill = ForeignPrefill(self.host, self._prefiller)
         self.host.when_refusing(self._prefiller.refuse_new)
         self._transport = transport
+        self._decoder = Decoder(self.host, transport)
+        self._foreign_decode = ForeignDecode(self.host, self._decoder, transport)
         self._attempts = HeldAttempts()
         self._stopped = StoppedAttempts(engine, self._attempts)
 
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         prefill = PrefillServicer(self.host, self._prefiller)
-        decode = DecodeServicer(self.host, Decoder(self.host, self._transport), self._attempts)
+        decode = DecodeServicer(self.host, self._decoder, self._attempts)
         tunnel = TunnelServicer(prefill.tunnelled | decode.tunnelled)
+        foreign = VllmServicer(
+            self.host, prefill=self._foreign_prefill, decode=self._foreign_decode
+        )
 
         def add(server: grpc.aio.Server) -> None:
+            vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(foreign, server)
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server)
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server)
             tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
@@ -59,8 +71,10 @@ class FlexWorker:
 
     async def stop(self) -> None:
         self.host.refuse_calls()
+        await self._foreign_prefill.close()
         await self._attempts.close()
         await self.host.stop()
+        await self._foreign_decode.close()
         await self._transport.close()
 
     async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:

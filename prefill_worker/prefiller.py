@@ -70,6 +70,8 @@ class PrefillJob:
     digest: str
     trace: TraceContext = NO_TRACE
     """The router's attempt."""
+    hold_s: float | None = None
+    """How long the KV waits to be pulled; None: as the setting has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,9 +276,10 @@ class Prefiller:
     async def _hand_over(self, job: PrefillJob, handoff: Handoff, call: WorkerCall) -> JobHanded:
         """Holds the blocks until decode has pulled what it lacks."""
         since_s = time.monotonic()
+        hold_s = self._host.settings.handoff_timeout_s if job.hold_s is None else job.hold_s
         try:
             if job.skip_tokens < len(job.sequence):
-                async with asyncio.timeout(self._host.settings.handoff_timeout_s):
+                async with asyncio.timeout(hold_s):
                     await handoff.wait_handed()
         except TimeoutError:
             self._host.metrics.record_handoff_failure(DeadlineError.reason)

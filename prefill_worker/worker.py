@@ -1,6 +1,7 @@
 """The prefill worker, put together: the same object inside a Ray actor, in one process with decode, and in tests."""
 
 import grpc
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
@@ -10,25 +11,37 @@ from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.vllm.servicer import SERVICE as VLLM_SERVICE
+from baton.vllm.servicer import VllmServicer
 from baton.worker.calls import exported
+from prefill_worker.foreign import ForeignPrefill
 from prefill_worker.prefiller import Prefiller
 from prefill_worker.servicer import SERVICE, PrefillServicer
 
 
 class PrefillWorker:
-    """Serves PrefillService, and is the `baton.transfer.base.KVSource` that decode pulls from."""
+    """Serves PrefillService, and foreign routers, and is the `baton.transfer.base.KVSource` that decode pulls from."""
 
     def __init__(self, settings: WorkerSettings, engine: AsyncEngine) -> None:
-        self.host = WorkerHost(settings, Role.PREFILL, engine, services={Role.PREFILL: SERVICE})
+        self.host = WorkerHost(
+            settings,
+            Role.PREFILL,
+            engine,
+            services={Role.PREFILL: SERVICE},
+            roleless=[VLLM_SERVICE],
+        )
         self._prefiller = Prefiller(self.host)
+        self._foreign = ForeignPrefill(self.host, self._prefiller)
         self.host.when_refusing(self._prefiller.refuse_new)
 
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = PrefillServicer(self.host, self._prefiller)
         tunnel = TunnelServicer(servicer.tunnelled)
+        foreign = VllmServicer(self.host, prefill=self._foreign)
 
         def add(server: grpc.aio.Server) -> None:
+            vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(foreign, server)
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
             tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
 
@@ -39,6 +52,8 @@ class PrefillWorker:
         return await self.host.drain(grace_s)
 
     async def stop(self) -> None:
+        self.host.refuse_calls()
+        await self._foreign.close()
         await self.host.stop()
 
     async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:

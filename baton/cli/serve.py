@@ -264,6 +264,7 @@ def _simulated(chosen: EngineConfig) -> SimConfig:
     tokens = chosen.kv_pool_tokens or SIMULATED_POOL_TOKENS
     return SimConfig(
         model=Path(chosen.model).resolve().name,
+        directory=str(Path(chosen.model).resolve()),
         vocab_size=model.vocab_size,
         max_context_tokens=chosen.max_context_tokens or model.max_position_tokens,
         eos_token_ids=model.eos_token_ids,

@@ -144,6 +144,8 @@ class EngineInfo:
     block_size_tokens: int
     num_blocks: int
     device: str
+    directory: str = ""
+    """Where the checkpoint, and its tokenizer, are on this machine; empty: there is none."""
 
 
 class Engine(Protocol):

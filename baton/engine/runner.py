@@ -90,6 +90,7 @@ class TorchRunner:
             block_size_tokens=config.block_size_tokens,
             num_blocks=num_blocks,
             device=config.device,
+            directory=str(directory.resolve()),
         )
 
     @property

@@ -41,6 +41,8 @@ class SimConfig:
     """Time that every step takes."""
     token_s: float = 0.0
     """Time that each computed token adds."""
+    directory: str = ""
+    """Of the checkpoint that it stands for, whose tokenizer is used; empty: none."""
 
 
 class SimRunner:
@@ -64,6 +66,7 @@ class SimRunner:
             block_size_tokens=config.block_size_tokens,
             num_blocks=config.num_blocks,
             device="sim",
+            directory=config.directory,
         )
         # [slots, 2]: what keys and values both hold
         self._slots = np.zeros((config.num_blocks * config.block_size_tokens, 2), np.float32)

@@ -168,6 +168,10 @@ class WorkerSettings(ServerSettings):
     """Longest time that a step of the engine may take, whatever is known of steps of its size, before health turns NOT_SERVING."""
     hang_limit_s: float = 60.0
     """An engine whose step takes so long has failed: its requests go on elsewhere, and the worker ends."""
+    foreign_kv_ttl_s: float = 10.0
+    """How long prefill holds KV that it computed for a foreign router, which may never send a decode worker for it."""
+    foreign_max_waiting: int = 1024
+    """Calls of foreign routers that wait for KV blocks at once; one more gets RESOURCE_EXHAUSTED."""
     rejoin_backoff_s: float = 0.2
     """First pause before joining a lost router again; doubles up to 5 s, with jitter."""
 

@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -67,8 +67,11 @@ class WorkerHost:
         engine: AsyncEngine,
         *,
         services: Mapping[Role, str],
+        roleless: Sequence[str] = (),
     ) -> None:
-        """`services` has the full name of a gRPC service for each role that the worker can take; `role` is the first one."""
+        """`services` has the full name of a gRPC service for each role that the worker can take; `role` is the first one. `roleless`
+        services serve in every role.
+        """
         self.settings = settings
         self.engine = engine
         self.metrics = WorkerMetrics(role)
@@ -77,7 +80,7 @@ class WorkerHost:
         self.worker_id = WorkerId(settings.worker_id or _new_worker_id(role))
         self._role = role
         self._services = dict(services)
-        names = [*services.values(), WORKER_SERVICE]
+        names = [*services.values(), *roleless, WORKER_SERVICE]
         self._server = GrpcServer(settings, names, tls=fleet_files(settings))
         self._running: _Running | None = None
         self._draining = False
@@ -127,6 +130,15 @@ class WorkerHost:
     def problem(self) -> str:
         """Why the engine makes no progress; empty where it does."""
         return "" if self._problem is None else self._problem.reason
+
+    @property
+    def unready(self) -> str:
+        """Why the worker should get no new requests; empty where it should."""
+        if self._running is None:
+            return "the worker is still loading its model"
+        if self._draining or self._changing_to is not None:
+            return "the worker is draining"
+        return self.problem
 
     async def start(self, add_servicer: Callable[[grpc.aio.Server], None]) -> WorkerInfo:
         """Returns once the worker serves. Raises what the engine's build raises (`ModelLoadError`), and `UnavailableError` where a port
