@@ -28,7 +28,7 @@ from baton.errors import BatonError, CancelledError, PreconditionError
 from baton.lifecycle import Event
 from baton.service.groups import first_error
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVTransport, PullRequest
+from baton.transfer.base import KVTransport, PullRequest, Ready
 from baton.transfer.layout import split_range
 from baton.types import (
     NO_TRACE,
@@ -69,6 +69,8 @@ class DecodeJob:
     """Transfer address of the worker that has the KV; None computes the prompt here."""
     source_key: AttemptKey | None = None
     """What the KV is held under there; None: this attempt's key."""
+    ready: Ready | None = None
+    """What the source would say, where that is known; None asks it, which waits until the KV is computed."""
     digest: str
     timeout_s: float
     """What is left of the caller's deadline."""
@@ -222,7 +224,7 @@ class Decoder:
         spec, settings = self._engine.info.spec, self._host.settings
         end_s = progress.call.timeline.received_s + job.timeout_s
         source_key = job.source_key or job.key
-        ready = await self._transport.ready(address, source_key, _left(end_s))
+        ready = job.ready or await self._transport.ready(address, source_key, _left(end_s))
         progress.call.record(Event.FIRST_TOKEN)
         handoff = progress.call.handoff = progress.call.span.child()
         kv_bytes = 0

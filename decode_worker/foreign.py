@@ -15,7 +15,7 @@ from itertools import count
 
 from baton.errors import BatonError
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVTransport, PullRequest
+from baton.transfer.base import KVTransport, PullRequest, Ready
 from baton.types import AttemptKey, FinishReason, RequestId, SamplingParams, Sequence
 from baton.vllm.handoff import HandedOver, fingerprint_of, stands
 from baton.vllm.legs import Finished, ForeignRequest, LegEvent, Placed, Tokens
@@ -122,13 +122,14 @@ class ForeignDecode:
         self, request: ForeignRequest, sequence: Sequence, handed: HandedOver, end_s: float
     ) -> AsyncGenerator[LegEvent, None]:
         """What follows the first token: by prefill's KV, and without it where it cannot be had."""
-        # The KV is there already: whoever does not answer soon is not waited for.
+        # The KV is there, or gone: whoever does not answer soon is not waited for.
         timeout_s = min(end_s - time.monotonic(), self._host.settings.handoff_timeout_s)
         job = DecodeJob(
             key=self._key(request),
             sequence=sequence,
             source=handed.address,
             source_key=handed.key,
+            ready=Ready(handed.first.token_ids[0], handed.done_unix_s),
             digest=handed.digest,
             timeout_s=timeout_s,
         )

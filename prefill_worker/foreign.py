@@ -9,6 +9,7 @@ before it was answered takes its job along. Runs on the worker's event loop.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import count
@@ -88,6 +89,7 @@ class ForeignPrefill:
             kv_bytes=length * self._host.engine.info.spec.token_bytes,
             cached_tokens=cached_tokens,
             first=event.token,
+            done_unix_s=time.time(),
         )
 
     def _start(

@@ -42,6 +42,8 @@ class HandedOver:
     """Prompt tokens that prefill's prefix cache held."""
     first: TokenChunk
     """One token, chosen as if no token could end the output."""
+    done_unix_s: float
+    """When, by prefill's wall clock."""
 
 
 def fingerprint_of(sequence: Sequence) -> str:
@@ -86,6 +88,7 @@ def to_json(handed: HandedOver) -> str:
             "num_tokens": handed.num_tokens,
             "kv_bytes": handed.kv_bytes,
             "cached_tokens": handed.cached_tokens,
+            "done_unix_s": handed.done_unix_s,
             "first_token": handed.first.token_ids[0],
             "logprobs": asdict(logprobs[0]) if logprobs else None,
         },
@@ -100,7 +103,7 @@ def from_json(text: str) -> HandedOver | None:
         if (told["connector"], told["version"]) != (CONNECTOR, VERSION):
             return None
         return _handed(told)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -118,6 +121,7 @@ def _handed(told: dict[str, Any]) -> HandedOver:
         kv_bytes=int(told["kv_bytes"]),
         cached_tokens=int(told["cached_tokens"]),
         first=first,
+        done_unix_s=float(told["done_unix_s"]),
     )
 
 

@@ -20,11 +20,12 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from smg_grpc_proto.generated import vllm_engine_pb2
 
 import baton.v1
 import router.kserve.v2
 from baton import codec
-from baton.types import Role
+from baton.types import AttemptKey, RequestId, Role, TokenChunk
 from baton.v1 import (
     common_pb2,
     decode_pb2,
@@ -33,7 +34,9 @@ from baton.v1 import (
     prefill_pb2,
     session_pb2,
 )
+from baton.vllm.handoff import HandedOver, to_json
 from router.kserve.v2 import inference_pb2 as kserve
+from tests.foreign_router import generate_request
 from tests.integration.router_fakes import SETTINGS, FakeWorker, Handoffs, request
 from tests.integration.sim_house import LENGTH, House, house, prompt_of
 from tests.protobuf_strategies import altered, messages, mutilated
@@ -62,7 +65,10 @@ def _methods() -> list[MethodDescriptor]:
         if hasattr(module, "DESCRIPTOR")
     }
     services = [service for file in files.values() for service in file.services_by_name.values()]
-    return [method for service in services for method in service.methods]
+    foreign = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].methods_by_name
+    own = [method for service in services for method in service.methods]
+    # Its other methods are asked nothing, or refuse everything.
+    return [*own, foreign["Generate"], foreign["Abort"]]
 
 
 METHODS = _methods()
@@ -110,6 +116,7 @@ class Target:
         infos = self.house.app.fleet.registry.infos()
         for info in reversed(infos):
             addresses[f"{info.role.value.capitalize()}Service"] = info.address
+        addresses["VllmEngine"] = next(i.address for i in infos if i.role is Role.DECODE)
         # Who is told to drain, drains: not the only one.
         addresses["WorkerService"] = infos[-1].address
         create = session_pb2.SessionServiceCreateRequest()
@@ -144,6 +151,7 @@ class Target:
             decode_pb2.DecodeRequest(key=key, sequence=whole, kv_digest=digest, source=source),
             prefill_pb2.PrefillRequest(key=key, sequence=whole, kv_digest=digest),
             prefill_pb2.ReleaseRequest(key=key),
+            _foreign(source.transfer_address),
             inference_pb2.CancelRequest(request_id="fuzz"),
             inference_pb2.AttachRequest(request_id="fuzz"),
             session_pb2.SessionServiceGetRequest(session_id=session),
@@ -267,6 +275,24 @@ def _open_inference() -> kserve.ModelInferRequest:
     message.raw_input_contents.extend([b"\4\0\0\0fuzz", b"\4\0\0\0", b"\1"])
     message.parameters["temperature"].double_param = 0.7
     return message
+
+
+def _foreign(address: str) -> vllm_engine_pb2.GenerateRequest:
+    """The decode leg of a foreign router's request."""
+    handed = HandedOver(
+        address=address,
+        key=AttemptKey(RequestId("fuzz")),
+        digest="",
+        fingerprint="",
+        num_tokens=len(sequence()),
+        kv_bytes=0,
+        cached_tokens=0,
+        first=TokenChunk(0, (1,)),
+        done_unix_s=0.0,
+    )
+    request = generate_request("fuzz", sequence().prompt, max_tokens=4)
+    request.kv_transfer_params_json = to_json(handed)
+    return request
 
 
 def _stranger() -> Any:
