@@ -6,16 +6,20 @@
 
     python -m benchmarks.processes.many_workers --router 127.0.0.1:50051 --kind fake --prefill 1 --decode 4 --step-ms 10
 
-Prints "ready" once every worker is a member; ends with its standard input.
+Prints "ready" once every worker is a member, and the sims' addresses by role, as JSON; ends with its standard input.
 """
 
 import argparse
 import asyncio
+import json
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from baton.engine.aio import AsyncEngine
+from baton.engine.config import load_model_config
 from baton.engine.sim import SimConfig, build_sim_engine
 from baton.service.membership import FleetAgent
 from baton.service.server import GrpcServer
@@ -109,8 +113,10 @@ async def _start_fakes(
 
 async def _start_sims(
     args: argparse.Namespace, settings: WorkerSettings, stack: AsyncExitStack
-) -> None:
+) -> dict[str, list[str]]:
+    """Their addresses."""
     sim = SimConfig(
+        **_shape_of(args.model),
         step_s=args.step_ms / 1e3,
         num_blocks=32768,
         max_context_tokens=CONTEXT_TOKENS,
@@ -118,13 +124,14 @@ async def _start_sims(
         max_batch_tokens=8192,
     )
     sources = MemorySources()
+    addresses: dict[str, list[str]] = {"prefill": [], "decode": []}
     for index in range(args.prefill):
         name = f"prefill-{index}"
         prefill = PrefillWorker(
             replace(settings, worker_id=name, transfer_address=name),
             AsyncEngine(lambda: build_sim_engine(sim), name=name),
         )
-        await prefill.start()
+        addresses["prefill"].append((await prefill.start()).address)
         stack.push_async_callback(prefill.stop)
         stack.enter_context(sources.serving(name, prefill))
     for index in range(args.decode):
@@ -134,20 +141,37 @@ async def _start_sims(
             AsyncEngine(lambda: build_sim_engine(sim), name=name),
             MemoryTransport(sources, ByteCredits(1 << 28)),
         )
-        await decode.start()
+        addresses["decode"].append((await decode.start()).address)
         stack.push_async_callback(decode.stop)
+    return addresses
+
+
+def _shape_of(model: str) -> dict[str, Any]:
+    """A simulated engine's settings by which it stands for a checkpoint."""
+    if not model:
+        return {}
+    directory = Path(model).resolve()
+    config = load_model_config(directory)
+    return {
+        "model": directory.name,
+        "directory": str(directory),
+        "vocab_size": config.vocab_size,
+        "eos_token_ids": config.eos_token_ids,
+    }
 
 
 async def _run(args: argparse.Namespace) -> None:
     settings = replace(WORKER_SETTINGS, routers=tuple(args.router))
+    addresses: dict[str, list[str]] = {}
     async with AsyncExitStack() as stack:
         if args.kind == "fake":
             agents = await _start_fakes(args, settings, stack)
             while any(agent.num_joined < len(args.router) for agent in agents):  # noqa: ASYNC110 - the agents have no event for it
                 await asyncio.sleep(0.05)
         else:
-            await _start_sims(args, settings, stack)
+            addresses = await _start_sims(args, settings, stack)
         print("ready", flush=True)
+        print(json.dumps(addresses), flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
@@ -158,6 +182,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["sim", "fake"], default="sim")
     parser.add_argument("--prefill", type=int, default=0)
     parser.add_argument("--decode", type=int, default=1)
+    parser.add_argument("--model", default="", help="checkpoint that the sims stand for")
     parser.add_argument("--step-ms", type=float, default=0.0)
     asyncio.run(_run(parser.parse_args()))
 
