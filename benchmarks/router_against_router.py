@@ -219,7 +219,7 @@ def bench(args: argparse.Namespace) -> Iterator[Bench]:
         }
         for name in args.fronts:
             if fronts[name]["kind"] == "http" and not answers(fronts[name]["address"]):
-                raise SystemExit(f"{name} does not serve completions: leave it out with --fronts")
+                raise SystemExit(f"{name} serves no completions after {READY_S:.0f} s")
         chosen = {name: fronts[name] for name in ("direct", *args.fronts)}
         routers = {"smg": smg, "baton-http": own, "baton-grpc": own}
         load = stack.enter_context(running_load())

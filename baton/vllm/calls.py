@@ -1,26 +1,40 @@
 """The `Generate` calls that run on a worker: how many wait for blocks, and whom an `Abort` ends. On the worker's event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from baton.errors import CapacityError
 
 
 class ForeignCall:
-    """One call. Ended by an abort, its body is cancelled at its next wait, and `aborted` is set."""
+    """One call. An abort sets `aborted`, and cancels the body where it waits for something to tell; what it tells, it tells to the end,
+    since gRPC cannot go on with a call after a write that was cancelled.
+    """
 
     def __init__(self, timer: asyncio.Timeout) -> None:
         self._timer = timer
+        self._telling = False
         self.waits = True
         """For blocks."""
         self.aborted = False
 
     def abort(self) -> None:
         """Idempotent."""
-        if not self.aborted:
-            self.aborted = True
+        if self.aborted:
+            return
+        self.aborted = True
+        if not self._telling:
             self._timer.reschedule(asyncio.get_running_loop().time())
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """The body writes inside; not at all where the call was `aborted` before, and nothing more where it was meanwhile."""
+        self._telling = True
+        try:
+            yield
+        finally:
+            self._telling = False
 
 
 class ForeignCalls:

@@ -83,9 +83,13 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[mis
                 aclosing(self._leg(parsed, left_s, is_prefill=is_prefill)) as events,
             ):
                 async for event in events:
-                    for message in _told(event, call, answers):
-                        await context.write(message)
-                    if parsed.sampling.stop and all(answer.ended for answer in answers):
+                    if call.aborted:
+                        break
+                    with call.telling():
+                        for message in _told(event, call, answers):
+                            await context.write(message)
+                    stopped = parsed.sampling.stop and all(answer.ended for answer in answers)
+                    if call.aborted or stopped:
                         break
             if call.aborted:
                 for answer in answers:

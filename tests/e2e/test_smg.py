@@ -160,10 +160,11 @@ async def test_a_real_models_answers_over_ray_are_those_of_batons_own_router(
             smg(tmp_path / "smg.log", "tales", addresses[:1], addresses[1:]) as http,
         ):
             tokenizer = Tokenizer.from_file(str(TALES / "tokenizer.json"))
-            drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 7}
-            for number, sampling in enumerate(({"temperature": 0.0}, drawn)):
+            greedy: dict[str, Any] = {"temperature": 0.0}
+            drawn: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 7}
+            for number, sampling in enumerate((greedy, drawn)):
                 text = f"Story {number}. {LONG}"
-                options = SamplingOptions(max_tokens=40, **sampling)  # type: ignore[arg-type]
+                options = SamplingOptions(max_tokens=40, **sampling)
                 own = await client.complete(text, sampling=options)
                 before = await fleet.total(Role.DECODE, "baton_worker_handoff_bytes_total")
                 said = (

@@ -1,5 +1,7 @@
 """Flexible workers under a foreign router: which leg a call is, before and after a change of role."""
 
+from typing import Any
+
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from baton.types import Role
@@ -7,7 +9,7 @@ from tests.foreign_router import answer_of, foreign_router, generate_request
 from tests.integration.flex_house import FlexHouse, flex_house
 
 PROMPT = tuple(range(1, 60))
-SAMPLING = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+SAMPLING: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "ignore_eos": True}
 
 
 async def native(house: FlexHouse) -> list[int]:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import json
+import random
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,8 +39,8 @@ TALES = Path(baton.__file__).parent / "models" / "tales"
 TEXTUAL = replace(SIM, vocab_size=2336, directory=str(TALES))
 """With a tokenizer."""
 PROMPT = tuple(range(1, 46))
-GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
-DRAWN = {
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+DRAWN: dict[str, Any] = {
     "temperature": 0.8,
     "top_p": 0.9,
     "top_k": 40,
@@ -179,6 +180,42 @@ async def test_an_abort_ends_a_call_with_what_it_has_said() -> None:
         assert answer.complete.finish_reason == "abort"
         assert 1 <= len(answer.complete.output_ids) < 500
         assert answer.complete.completion_tokens == len(answer.complete.output_ids)
+
+
+async def test_whatever_ends_many_requests_nothing_stays_held() -> None:
+    """Promise: callers that leave, aborts, KV that nobody takes, small pools, and several choices, all at once."""
+    sim = replace(SIM, num_blocks=40, step_s=0.002)
+    async with pair(sim, foreign_kv_ttl_s=0.2) as (rig, router):
+        rng = random.Random(5)
+
+        async def one(number: int) -> None:
+            start, length = rng.randrange(100), rng.randrange(1, 80)
+            request = generate_request(
+                f"r{number % 20}",
+                range(start, start + length),
+                stream=rng.random() < 0.5,
+                n=rng.choice((1, 1, 3)),
+                max_tokens=rng.randrange(1, 30),
+                temperature=1.0,
+            )
+            fate = rng.choice(("served", "served", "stranded", "left", "aborted"))
+            first = await answer_of(router.prefill_call(request))
+            if fate == "stranded":
+                return
+            request.kv_transfer_params_json = first.complete.kv_transfer_params_json
+            call = router.decode.Generate(request, timeout=30)
+            if fate == "left":
+                await asyncio.sleep(rng.random() * 0.05)
+                call.cancel()
+                return
+            if fate == "aborted":
+                await router.decode.Abort(pb.AbortRequest(request_ids=[request.request_id]))
+            answer = await answer_of(call)
+            assert len(answer.completes) == request.sampling_params.n
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(one(number) for number in range(60)))
+        await rig.settled()
 
 
 @pytest.mark.parametrize("leg", ["prefill", "decode"])
