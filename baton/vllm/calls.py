@@ -28,11 +28,11 @@ class ForeignCall:
             self._timer.reschedule(asyncio.get_running_loop().time())
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """The body writes inside; not at all where the call was `aborted` before, and nothing more where it was meanwhile."""
+    def telling(self) -> Iterator[bool]:
+        """The body writes inside, if this says so: not once the call was aborted, which it looks for afterwards, too."""
         self._telling = True
         try:
-            yield
+            yield not self.aborted
         finally:
             self._telling = False
 

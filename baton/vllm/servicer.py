@@ -83,10 +83,8 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[mis
                 aclosing(self._leg(parsed, left_s, is_prefill=is_prefill)) as events,
             ):
                 async for event in events:
-                    if call.aborted:
-                        break
-                    with call.telling():
-                        for message in _told(event, call, answers):
+                    with call.telling() as wanted:
+                        for message in _told(event, call, answers) if wanted else ():
                             await context.write(message)
                     stopped = parsed.sampling.stop and all(answer.ended for answer in answers)
                     if call.aborted or stopped:
