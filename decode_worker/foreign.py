@@ -132,6 +132,7 @@ class ForeignDecode:
             ready=Ready(handed.first.token_ids[0], handed.done_unix_s),
             digest=handed.digest,
             timeout_s=timeout_s,
+            trace=request.trace,
         )
         is_here = False
         try:
@@ -163,6 +164,7 @@ class ForeignDecode:
             source=None,
             digest=self._host.engine.info.spec.digest,
             timeout_s=end_s - time.monotonic(),
+            trace=request.trace,
         )
         async with aclosing(self._decoder.run(job)) as events:
             async for event in events:
@@ -171,7 +173,7 @@ class ForeignDecode:
 
     def _key(self, request: ForeignRequest) -> AttemptKey:
         """Of one try; no router of Baton's makes an id with two slashes."""
-        return AttemptKey(RequestId(f"vllm/decode/{request.request_id}"), next(self._epochs))
+        return AttemptKey(RequestId(f"{request.request_id}/vllm/decode"), next(self._epochs))
 
     def _is_usable(self, handed: HandedOver, sequence: Sequence) -> bool:
         engine, token_id = self._host.engine.info, handed.first.token_ids[0]

@@ -38,10 +38,11 @@ class ForeignPrefill:
         """Precondition: `request.as_prefill`."""
         job = PrefillJob(
             # A router that tries again may use the same id; no router of Baton's makes one with two slashes.
-            key=AttemptKey(RequestId(f"vllm/prefill/{request.request_id}"), next(self._epochs)),
+            key=AttemptKey(RequestId(f"{request.request_id}/vllm/prefill"), next(self._epochs)),
             sequence=request.sequence(),
             skip_tokens=0,
             digest=self._host.engine.info.spec.digest,
+            trace=request.trace,
             hold_s=self._host.settings.foreign_kv_ttl_s,
         )
         told: asyncio.Queue[JobEvent | BaseException] = asyncio.Queue()

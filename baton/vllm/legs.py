@@ -10,7 +10,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from baton.types import FinishReason, SamplingParams, Sequence, TokenChunk
+from baton.types import (
+    NO_TRACE,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    TokenChunk,
+    TraceContext,
+)
 from baton.vllm.handoff import HandedOver
 
 
@@ -25,6 +32,8 @@ class ForeignRequest:
     """Resolved."""
     handed: HandedOver | None = None
     """What the prefill leg handed over, as the router passed it on."""
+    trace: TraceContext = NO_TRACE
+    """The router's call."""
 
     def sequence(self, choice: int = 0) -> Sequence:
         """Of one of the `n` choices."""

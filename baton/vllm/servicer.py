@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from baton import __version__
 from baton.errors import PreconditionError
 from baton.service.calls import Context, bounded
+from baton.service.tracing import trace_of
 from baton.service.worker_host import WorkerHost
 from baton.types import Role
 from baton.vllm.answers import ABORTED, ChoiceAnswer
@@ -69,7 +71,8 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[mis
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         info = self._host.info  # of a worker that runs
         text = await self._tokenizer() if _needs_text(request) else None
-        parsed = parse(request, self._host.engine.info, text)
+        trace = trace_of(context.invocation_metadata() or ())
+        parsed = replace(parse(request, self._host.engine.info, text), trace=trace)
         is_prefill = self._is_prefill(request, parsed, info.role)
         if is_prefill:
             parsed = parsed.as_prefill()
