@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from baton import codec
 from baton.errors import (
@@ -29,6 +29,7 @@ from router.answer import Answer
 from router.outcome import AttemptStats
 from router.output import Output
 from router.sessions.turn import Turn
+from router.status.traffic import Meter
 from router.validation import ValidRequest
 
 _log = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ ORDINARY = (CancelledError, InvalidRequestError, NotFoundError)
 """Ends that are the client's doing: no operator asks about them."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Account:
     """See the module docstring. What is None has not come to be."""
 
     timeline: Timeline
+    tenant: str = ""
     targets: Objectives = NO_OBJECTIVES
     """Of requests that name none."""
     stage: str = "validation"
@@ -50,12 +52,18 @@ class Account:
     """As OpenTelemetry's conventions name what is asked for."""
     model: str = ""
     span: Span = NO_SPAN
+    meter: Meter = field(default_factory=Meter)
     request: ValidRequest | None = None
     answer: Answer | None = None
     turn: Turn | None = None
     """Set where the request is a session's turn."""
     error: BatonError | None = None
     """What the request failed with, once it has ended."""
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether it has had its turn."""
+        return self.timeline.at_s(Event.ADMITTED) is not None
 
     @property
     def waits_for(self) -> str:

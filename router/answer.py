@@ -23,6 +23,7 @@ from router.attach import HeldAttempt
 from router.fleet import Fleet
 from router.generation import Generation
 from router.output import Output, Outputs
+from router.status.traffic import Meter
 from router.text import OutputText, Tokenizer
 from router.validation import ModelFacts, ValidRequest
 
@@ -64,6 +65,7 @@ class Answer:
         fleet: Fleet,
         settings: RouterSettings,
         metrics: RouterMetrics,
+        meter: Meter,
         timeline: Timeline,
         deadline_s: float,
         hashes: SequenceHashes,
@@ -101,6 +103,7 @@ class Answer:
                 fleet=fleet,
                 settings=settings,
                 metrics=metrics,
+                meter=meter,
                 deadline_s=deadline_s,
                 hashes=hashes.fork(),
                 choice=choice,

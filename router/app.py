@@ -41,7 +41,10 @@ from router.servicer import InferenceServicer
 from router.sessions.location import open_store
 from router.sessions.manager import SessionManager
 from router.sessions.metrics import SessionMetrics
+from router.sessions.recent import RecentSessions
 from router.sessions.servicer import SessionServicer
+from router.status.activity import Activity
+from router.status.board import StatusBoard
 from router.tenants import LimitsOf
 from router.text import Tokenizer
 
@@ -95,6 +98,15 @@ class RouterApp:
         )
         self.table = RequestTable(admission, self.metrics)
         self._sessions: SessionManager | None = None
+        self._recent = RecentSessions()
+        self._activity = Activity()
+        self.board = StatusBoard(
+            self.model,
+            self.fleet,
+            self._activity,
+            self._recent,
+            is_draining=lambda: self.table.refuses,
+        )
         self._tracing: Tracing = NoTracing()
         self._status_line = StatusLine(self._snapshot, settings.status_line_s)
         self.metrics_port = 0
@@ -116,7 +128,7 @@ class RouterApp:
         """
         store = open_store(self._settings.session_store, self._settings.port)
         sessions = self._sessions = SessionManager(
-            store, self._settings, SessionMetrics(self.metrics.registry)
+            store, self._settings, SessionMetrics(self.metrics.registry), recent=self._recent
         )
         try:
             self._tracing = open_tracing(
@@ -185,6 +197,7 @@ class RouterApp:
             settings=self._settings,
             metrics=self.metrics,
             tracing=self._tracing,
+            activity=self._activity,
         )
         fleet = FleetServicer(self.fleet, self.model, self._settings)
         self._ports.register_for_clients(partial(self._add_client_services, inference, sessions))

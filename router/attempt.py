@@ -139,13 +139,19 @@ class Attempt:
         """By its own word: there is nothing to release."""
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.stage = Stage.DECODE if attach else Stage.RESERVE
         self.stages = _stages(pair, attach=attach, moved=moved is not None)
         """What it goes through, for its durations."""
+        self.history = [(Stage.DECODE if attach else Stage.RESERVE, time.monotonic())]
+        """What it has waited for, and since when, on the monotonic clock."""
         self.failure: Failure | None = None
         self.finish_reason: FinishReason | None = None
         """None after a success: the sink wanted no more."""
         self.stats = AttemptStats()
+
+    @property
+    def stage(self) -> Stage:
+        """What it waits for."""
+        return self.history[-1][0]
 
     async def run(self) -> None:
         """Returns once the attempt succeeded or failed, with everything let go. Cancelling it is legal at any instant."""
@@ -169,6 +175,9 @@ class Attempt:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(self._group.create_task(work))
+
+    def _enter(self, stage: Stage) -> None:
+        self.history.append((stage, time.monotonic()))
 
     def _end(self, failure: Failure | None) -> None:
         """The first call decides."""
@@ -248,7 +257,7 @@ class Attempt:
             raise InternalError("decode reserved twice")
         self._timeline.record(Event.RESERVED, time.monotonic())
         self._saw_cached(cached_tokens)
-        self.stage = Stage.PREFILL
+        self._enter(Stage.PREFILL)
         if self._pair.prefill is not None:
             self._on_prefill_sent()
             self._spawn(self._run_prefill(self._pair.prefill, cached_tokens))
@@ -257,7 +266,7 @@ class Attempt:
         self._timeline.record(Event.KV_RECEIVED, time.monotonic())
         self.stats.handoff_s = received.handoff_seconds
         self.stats.handoff_bytes = received.kv_bytes
-        self.stage = Stage.DECODE
+        self._enter(Stage.DECODE)
         self._has_kv.set()
         self._on_kv_in_pool()
         self._let_go_of_source()
@@ -354,7 +363,7 @@ class Attempt:
             # The two workers' messages crossed on their way.
             self._timeline.record(Event.KV_RECEIVED, time.monotonic())
         if self.stage is Stage.PREFILL:
-            self.stage = Stage.HANDOFF
+            self._enter(Stage.HANDOFF)
         finish = codec.finish_reason_from_proto(first.finish_reason)
         if finish is not None:
             self._decode_finish = finish

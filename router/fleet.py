@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -40,6 +40,22 @@ _log = logging.getLogger(__name__)
 
 SILENCE_S = 1.0
 """A member that was not heard for two heartbeats, and for so long at least, gets requests only where no other can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReport:
+    """A member, for who watches the fleet."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    member_s: float
+    """How long it has been a member."""
+    heard_s: float
+    """How long ago it reported."""
+    draining: bool
+    stalled: bool
+    silent: bool
+    suspect: bool
 
 
 class Held:
@@ -107,6 +123,7 @@ class Fleet:
         if not current:
             return
         member.set_draining(draining=draining)
+        member.stalled = stalled
         if closed != (member.worker_id in self._draining):
             self._draining ^= {member.worker_id}
             why = "drains" if draining else "stalls"
@@ -199,6 +216,25 @@ class Fleet:
         """A worker was seen to hold a sequence's KV; its heartbeats go on from there."""
         for size in self.registry.block_sizes():
             self.registry.note_cached(worker_id, size, hashes.of(size))
+
+    def reports(self) -> list[MemberReport]:
+        """Every member, in order of joining."""
+        now_s = time.monotonic()
+        reports = []
+        for heard in self.registry.heard(now_s):
+            member = self._members[heard.info.worker_id]
+            report = MemberReport(
+                info=heard.info,
+                load=heard.load,
+                member_s=now_s - member.joined_at_s,
+                heard_s=now_s - heard.at_s,
+                draining=member.draining,
+                stalled=member.stalled,
+                silent=heard.silent,
+                suspect=heard.suspect,
+            )
+            reports.append(report)
+        return reports
 
     def members(self) -> list[Member]:
         """Everybody."""

@@ -40,9 +40,10 @@ from router.attempt import Attempt, Moved, Terms
 from router.attempt_span import attempt_traced
 from router.fleet import Fleet
 from router.members import Pair
-from router.outcome import AttemptStats, Failure
+from router.outcome import AttemptStats, Failure, Stage
 from router.output import Output
 from router.placement import NoWorker, Placement
+from router.status.traffic import Meter
 from router.validation import ValidRequest
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class Report:
     """Empty for the attempt that succeeded."""
     resumed_tokens: int
     """Tokens that the output had when it began."""
+    stages: tuple[tuple[Stage, float], ...]
+    """Those that it came to, and when, on the monotonic clock."""
+    ended_at_s: float | None
+    """None for one that runs."""
+    stats: AttemptStats
 
 
 class Generation:
@@ -78,6 +84,7 @@ class Generation:
         fleet: Fleet,
         settings: RouterSettings,
         metrics: RouterMetrics,
+        meter: Meter,
         deadline_s: float,
         hashes: SequenceHashes,
         choice: int = 0,
@@ -97,6 +104,7 @@ class Generation:
         self._fleet = fleet
         self._settings = settings
         self._metrics = metrics
+        self._meter = meter
         self._deadline_s = deadline_s
         # Workers know attempts by a name of their own: clients reuse ids, and may give one to two routers.
         self._name = RequestId(f"{request.request_id}/{secrets.token_hex(4)}")
@@ -130,11 +138,22 @@ class Generation:
         self.decode_worker = WorkerId("")
         """Of the current attempt, or the last one."""
         self.reports: list[Report] = []
+        """Of the attempts that have ended."""
+        self._current: tuple[Attempt, Report] | None = None
+        """The attempt that runs, and what was known of it when it began."""
 
     @property
     def stage(self) -> str:
         """What the request waits for, for its deadline's error."""
         return self._stage()
+
+    @property
+    def attempts(self) -> list[Report]:
+        """All attempts; the last one may run."""
+        if self._current is None:
+            return self.reports
+        attempt, begun = self._current
+        return [*self.reports, replace(begun, stages=tuple(attempt.history))]
 
     async def run(self) -> FinishReason:
         """Returns once the output is complete. Raises what the request fails with. Cancelling it is legal at any instant."""
@@ -200,13 +219,13 @@ class Generation:
             timeline=self._timeline,
             deadline_s=self._deadline_s,
             terms=self._terms,
-            on_kv_received=self.prompt_cached.set,
+            on_kv_received=self._on_kv_received,
             attach=True,
             elsewhere=self._elsewhere,
             span=self._span.child(),
         )
         await self._run(attempt, pair, len(generated))
-        return self._outcome(attempt, pair, len(generated))
+        return self._outcome(attempt, pair)
 
     async def _attempt(
         self, placement: Placement, moved: Moved | None
@@ -228,7 +247,7 @@ class Generation:
                 deadline_s=self._deadline_s,
                 terms=self._terms,
                 on_prefill_sent=held.prefill_sent,
-                on_kv_received=self.prompt_cached.set,
+                on_kv_received=self._on_kv_received,
                 moved=moved,
                 elsewhere=self._elsewhere,
                 span=self._span.child(),
@@ -236,9 +255,19 @@ class Generation:
             await self._run(attempt, held.pair, len(generated))
         if not generated and attempt.failure is None:
             self._compare(placement.predicted_ttft_s)
-        return self._outcome(attempt, held.pair, len(generated))
+        return self._outcome(attempt, held.pair)
 
     async def _run(self, attempt: Attempt, pair: Pair, resumed_tokens: int) -> None:
+        begun = Report(
+            prefill_worker="" if pair.prefill is None else pair.prefill.worker_id,
+            decode_worker=pair.decode.worker_id,
+            failure="",
+            resumed_tokens=resumed_tokens,
+            stages=(),
+            ended_at_s=None,
+            stats=attempt.stats,
+        )
+        self._current = (attempt, begun)
         self.decode_worker = pair.decode.worker_id
         self._timeline.record(Event.PLACED, time.monotonic())
         self._stage = lambda: attempt.stage.value
@@ -254,14 +283,19 @@ class Generation:
         ):
             await attempt.run()
 
+    def _on_kv_received(self) -> None:
+        self.prompt_cached.set()
+        if self.stats.handoff_bytes:
+            self._meter.handoff(self.stats.handoff_bytes, time.monotonic())
+
     def _compare(self, predicted_ttft_s: float | None) -> None:
         ttft_s = self._timeline.between_s(Event.PLACED, Event.FIRST_TOKEN)
         if predicted_ttft_s is not None and ttft_s is not None:
             self._metrics.record_ttft_error(ttft_s - predicted_ttft_s)
 
-    def _outcome(
-        self, attempt: Attempt, pair: Pair, resumed_tokens: int
-    ) -> tuple[Failure | None, FinishReason | None]:
+    def _outcome(self, attempt: Attempt, pair: Pair) -> tuple[Failure | None, FinishReason | None]:
+        assert self._current is not None
+        begun = self._current[1]
         reason = self._output.end or attempt.finish_reason
         # An output that has its last token is complete, even if its worker died before saying so.
         failure = None if reason is not None else attempt.failure
@@ -275,14 +309,15 @@ class Generation:
             self._lost = "failure" if self._moved is None else "drain"
             self._timeline.record(Event.LOST, time.monotonic())
         error: BatonError | None = None if failure is None else failure.error
-        report = Report(
-            prefill_worker="" if pair.prefill is None else pair.prefill.worker_id,
-            decode_worker=pair.decode.worker_id,
+        report = replace(
+            begun,
             failure="" if error is None else f"{error.reason}: {error.message}",
-            resumed_tokens=resumed_tokens,
+            stages=tuple(attempt.history),
+            ended_at_s=time.monotonic(),
         )
+        self._current = None
         self._record(report, error, attempt)
-        if len(self._output.generated) > resumed_tokens:
+        if len(self._output.generated) > begun.resumed_tokens:
             self._avoid.clear()
             self._fruitless = 0
         if self._output.generated:

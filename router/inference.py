@@ -44,6 +44,7 @@ from router.requests import RequestTable
 from router.resume import resume
 from router.sessions.manager import SessionManager
 from router.sessions.turn import Turn, TurnResult
+from router.status.activity import Activity
 from router.tenants import Demand
 from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
 
@@ -79,6 +80,7 @@ class Inference:
         settings: RouterSettings,
         metrics: RouterMetrics,
         tracing: Tracing,
+        activity: Activity,
     ) -> None:
         self._model = model
         self._fleet = fleet
@@ -87,6 +89,7 @@ class Inference:
         self._settings = settings
         self._metrics = metrics
         self._tracing = tracing
+        self._activity = activity
         self._since_s = time.monotonic()
         self._targets = Objectives(
             ttft_s=settings.ttft_target_s or settings.default_ttft_slo_s,
@@ -105,12 +108,13 @@ class Inference:
         """Writes one Accepted, Chunks, and one Finished. `timeout_s` is the client's; None stands for the settings' default."""
         now_s = time.monotonic()
         deadline_s = now_s + self._timeout_s(timeout_s)
-        account = Account(Timeline(received_s=now_s), targets=self._targets)
+        account = Account(Timeline(received_s=now_s), tenant=caller.tenant, targets=self._targets)
         if request.WhichOneof("prompt") == "chat":
             account.operation = "chat"
         session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)
         async with (
             request_traced(self._tracing, origin, account, self._settings),
+            self._activity.follow(account),
             account.counted(self._metrics),
             session as account.turn,
             account.bounded(deadline_s),
@@ -145,10 +149,11 @@ class Inference:
         """Writes one Accepted, the Chunks that the client lacks, and one Finished."""
         now_s = time.monotonic()
         deadline_s = now_s + self._timeout_s(timeout_s)
-        account = Account(Timeline(received_s=now_s))
         tenant = caller.tenant
+        account = Account(Timeline(received_s=now_s), tenant=tenant)
         async with (
             request_traced(self._tracing, origin, account, self._settings),
+            self._activity.follow(account),
             account.counted(self._metrics),
             account.bounded(deadline_s),
         ):
@@ -307,6 +312,7 @@ class Inference:
             fleet=self._fleet,
             settings=self._settings,
             metrics=self._metrics,
+            meter=account.meter,
             timeline=account.timeline,
             deadline_s=deadline_s,
             resumption=resumption,
@@ -317,7 +323,7 @@ class Inference:
             rest_s = 0.0
             while (piece := await outputs.take(rest_s)) is not None:
                 await stream.write(_chunk(piece))
-                self._wrote(piece, account.timeline)
+                self._wrote(piece, account)
                 rest_s = self._rest_s()
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
@@ -350,13 +356,17 @@ class Inference:
         rest_s = len(self._table) / self._settings.client_messages_per_s
         return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 
-    def _wrote(self, piece: Piece, timeline: Timeline) -> None:
+    def _wrote(self, piece: Piece, account: Account) -> None:
         if piece.tokens is None:
             return
-        now_s = time.monotonic()
+        timeline, count, now_s = account.timeline, len(piece.tokens.token_ids), time.monotonic()
+        age_s = now_s - timeline.received_s
         last_s = timeline.at_s(Event.LAST_TOKEN)
-        if last_s is not None:
-            self._metrics.record_token_gap(now_s - timeline.received_s - last_s)
+        if last_s is None:
+            account.meter.first_tokens(count, now_s, ttft_s=age_s)
+        else:
+            self._metrics.record_token_gap(age_s - last_s)
+            account.meter.tokens(count, now_s, gap_s=age_s - last_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
 

@@ -5,6 +5,7 @@ is a new member with a new channel.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,6 +60,9 @@ class Member:
         self._lost: UnavailableError | None = None
         self._watchers: set[LostCallback] = set()
         self._draining = False
+        self.stalled = False
+        """As the worker last told."""
+        self.joined_at_s = time.monotonic()
         self._leavers: set[Callable[[], None]] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self.keeps_orphans = False

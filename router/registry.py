@@ -38,6 +38,19 @@ class Claim:
     """When the worker was called; None while that is still to come."""
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a member told last, and what the router makes of it."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    at_s: float
+    silent: bool
+    """It should have told more since."""
+    suspect: bool
+    """It failed an attempt a moment ago."""
+
+
 @dataclass(slots=True)
 class _Worker:
     info: WorkerInfo
@@ -200,6 +213,20 @@ class Registry:
     def loads(self) -> tuple[WorkerLoad, ...]:
         """Every member's, as it last told."""
         return tuple(worker.load for worker in self._workers.values())
+
+    def heard(self, now_s: float) -> tuple[Heard, ...]:
+        """Every member, in order of joining."""
+        return tuple(
+            Heard(
+                worker.info,
+                worker.load,
+                worker.heard_at_s,
+                silent=now_s - worker.heard_at_s >= self._silence_s,
+                suspect=worker.failed_at_s is not None
+                and now_s - worker.failed_at_s < self._suspicion_s,
+            )
+            for worker in self._workers.values()
+        )
 
     def infos(self) -> tuple[WorkerInfo, ...]:
         """Every member, in order of joining."""

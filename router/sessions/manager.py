@@ -4,7 +4,8 @@ A turn that fails or is cancelled leaves its session as it was before, but for t
 runs; a turn whose session was closed or taken over meanwhile ends with `SessionLostError`. A router that dies holds no session for
 longer than its lease.
 
-Used on the router's event loop; a turn belongs to the task that entered it. Nothing of a session stays in memory between turns.
+Used on the router's event loop; a turn belongs to the task that entered it. Nothing of a session stays in memory
+between turns but what `RecentSessions` tells of it.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from baton.errors import (
 )
 from baton.service.settings import RouterSettings
 from router.sessions.metrics import SessionMetrics
+from router.sessions.recent import RecentSessions
 from router.sessions.record import (
     History,
     Lease,
@@ -65,12 +67,14 @@ class SessionManager:
         settings: RouterSettings,
         metrics: SessionMetrics,
         *,
+        recent: RecentSessions | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Takes over the store. `clock` gives seconds since the Unix epoch."""
+        """Takes over the store. `recent` is told of every session that changes here. `clock` gives seconds since the Unix epoch."""
         self._store = store
         self._settings = settings
         self._metrics = metrics
+        self._recent = recent or RecentSessions()
         self._clock = clock
         self._turns: dict[SessionKey, Turn] = {}
         self._settling: set[asyncio.Task[Any]] = set()
@@ -105,6 +109,7 @@ class SessionManager:
         limit = self._settings.max_sessions
         for _ in range(2):
             if await self._do("create", self._store.create(session, max_sessions=limit)):
+                self._recent.saw(session)
                 return session
             if not await self._sweep():
                 break
@@ -127,6 +132,7 @@ class SessionManager:
         session = await self.get(tenant, session_id)
         if not await self._do("remove", self._store.remove(session.key)):
             raise NotFoundError("session", session_id)
+        self._recent.forget(session.key)
         turn = self._turns.get(session.key)
         if turn is not None:
             turn.lose("it was closed")
@@ -153,6 +159,7 @@ class SessionManager:
             yield turn
             return
         self._turns[turn.key] = turn
+        self._recent.saw(turn.session, generating=True)
         renewing = asyncio.create_task(self._renew(turn), name=f"renew {session_id}")
         error: BatonError | None = None
         try:
@@ -172,6 +179,7 @@ class SessionManager:
             # A later turn may have begun in its place.
             if self._turns.get(turn.key) is turn:
                 del self._turns[turn.key]
+                self._recent.rest(turn.key)
             self._metrics.record_turn(None if turn.finished else error)
             left = turn.outlives and isinstance(error, AbortedError | DrainingError)
             if not turn.finished and not left:
@@ -224,6 +232,7 @@ class SessionManager:
         ending = self._settle("commit", self._store.end_turn(session, turn.history, turn.lease))
         if not await asyncio.shield(ending):
             raise turn.lost(TAKEN)
+        self._recent.saw(session)
         self._metrics.record_tokens(
             prompt=session.prompt_tokens - turn.session.prompt_tokens,
             cached=session.last_cached_tokens,
@@ -240,7 +249,8 @@ class SessionManager:
         )
         ending = self._settle("abandon", self._store.end_turn(session, None, turn.lease))
         with suppress(UnavailableError):
-            await asyncio.shield(ending)
+            if await asyncio.shield(ending):
+                self._recent.saw(session)
 
     async def _undo(self, beginning: "asyncio.Task[Any]", lease: Lease) -> bool:
         """Gives back the lease of a turn that was cancelled while it began."""
@@ -265,9 +275,9 @@ class SessionManager:
         while True:
             with suppress(UnavailableError):
                 await self._sweep()
-                self._metrics.set_sessions(
-                    await self._do("count", self._store.count(self._clock()))
-                )
+                counts = await self._do("count", self._store.count(self._clock()))
+                self._metrics.set_sessions(counts)
+                self._recent.counts = counts
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def _sweep(self) -> int:
