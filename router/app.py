@@ -45,6 +45,7 @@ from router.sessions.recent import RecentSessions
 from router.sessions.servicer import SessionServicer
 from router.status.activity import Activity
 from router.status.board import StatusBoard
+from router.status.http import page_routes, status_routes
 from router.tenants import LimitsOf
 from router.text import Tokenizer
 
@@ -207,6 +208,8 @@ class RouterApp:
         if self.http is not None:
             self.http.add(health_routes(inference, self.metrics), needs_key=False)
             self.http.add(openai_routes(inference, self.model))
+            self.http.add(status_routes(self.board))
+            self.http.add(page_routes(), needs_key=False)
 
     async def _snapshot(self) -> Snapshot:
         registry, ttft = self.metrics.registry, "baton_time_to_first_token_seconds"

@@ -18,7 +18,7 @@ const STATES = {
   stalled: "its engine makes no progress",
   draining: "takes nothing new",
 };
-const COLUMNS = ["Worker", "State", "Running", "Waiting", "Queued tokens", "KV pool", "Speed", "Member for"];
+const COLUMNS = ["Worker", "State", "Running", "Waiting", "Queued tokens", "KV pool held", "Speed", "Member for"];
 
 export function drawFleet(fleet) {
   const body = byId("fleet-body");
