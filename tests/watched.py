@@ -26,6 +26,7 @@ from baton.errors import BatonError
 from baton.service.settings import WorkerSettings
 from baton.transfer.credits import ByteCredits
 from baton.transfer.memory import MemorySources, MemoryTransport
+from baton.types import Role
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
 from router.status.snapshot import SNAPSHOT, StatusSnapshot
@@ -51,8 +52,17 @@ class Watched:
         answer.raise_for_status()
         return SNAPSHOT.validate_json(answer.content)
 
+    def stop_busiest(self) -> str:
+        """Kills the decode worker that has the most requests, which go on elsewhere; returns its id."""
+        fleet = self.status().fleet
+        assert fleet is not None
+        decode = [worker for worker in fleet if worker.role is Role.DECODE]
+        worker_id = max(decode, key=lambda worker: worker.running_requests).worker_id
+        self.stop_worker(worker_id)
+        return worker_id
+
     def stop_worker(self, worker_id: str) -> None:
-        """Kills one worker; its requests go on elsewhere."""
+        """Kills one."""
         stdin: IO[bytes] | None = self.workers.stdin
         assert stdin is not None
         stdin.write(f"stop {worker_id}\n".encode())
@@ -85,7 +95,9 @@ def watched_fleet(prefill: int = 2, decode: int = 3, **environ: str) -> Iterator
 def loaded(address: str, width: int = 10, sessions: int = 3, key: str = "") -> Iterator[None]:
     """Keeps so many requests and sessions' turns running from another thread, inside the context."""
     stop = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_load(address, width, sessions, key, stop)))
+    thread = threading.Thread(
+        target=lambda: asyncio.run(_load(address, width, sessions, key, stop))
+    )
     thread.start()
     try:
         yield
@@ -107,9 +119,7 @@ def until_busy(watched: Watched, live: int) -> None:
     until(is_busy, 20, f"{live} requests generate")
 
 
-async def _load(
-    address: str, width: int, sessions: int, key: str, stop: threading.Event
-) -> None:
+async def _load(address: str, width: int, sessions: int, key: str, stop: threading.Event) -> None:
     async with AsyncClient(address, api_key=key) as client:
         asking = [asyncio.create_task(_ask(client, n)) for n in range(width)]
         asking += [asyncio.create_task(_converse(client, n)) for n in range(sessions)]

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from baton import __version__
-from baton.cli import chat, demo, fleet, generate, keys, serve
+from baton.cli import chat, demo, fleet, generate, keys, serve, top
 
 EPILOG = "Start with [bold]baton serve[/], then in another terminal [bold]baton chat[/]."
 
@@ -40,5 +40,6 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(demo.demo)
+app.command()(top.top)
 app.add_typer(fleet.fleet, name="fleet")
 app.add_typer(keys.app, name="keys")
