@@ -44,7 +44,7 @@ class Watched:
 
     router: RouterProcess
     url: str
-    workers: "subprocess.Popen[bytes]"
+    workers: "subprocess.Popen[bytes] | None" = None
 
     def status(self, key: str | None = None) -> StatusSnapshot:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -63,6 +63,7 @@ class Watched:
 
     def stop_worker(self, worker_id: str) -> None:
         """Kills one."""
+        assert self.workers is not None
         stdin: IO[bytes] | None = self.workers.stdin
         assert stdin is not None
         stdin.write(f"stop {worker_id}\n".encode())
@@ -70,16 +71,23 @@ class Watched:
 
 
 @contextmanager
-def watched_fleet(prefill: int = 2, decode: int = 3, **environ: str) -> Iterator[Watched]:
-    """The router and its workers, idle; `environ` sets more of the router."""
+def watched_router(scheme: str = "http", **environ: str) -> Iterator[Watched]:
+    """A router without workers; `environ` sets more of it. Its HTTP port stays the same when it is started again."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = {"BATON_HTTP_LISTEN": f"127.0.0.1:{port}", "BATON_SESSION_STORE": "sqlite://"}
-    fleet_port = environ.get("BATON_FLEET_LISTEN", "").rpartition(":")[2]
-    with ExitStack() as stack:
-        router = RouterProcess(settings | environ).start()
-        stack.callback(router.end)
-        joined_at = f"127.0.0.1:{fleet_port or router.port}"
+    router = RouterProcess(settings | environ).start()
+    try:
+        yield Watched(router, f"{scheme}://127.0.0.1:{port}")
+    finally:
+        router.end()
+
+
+@contextmanager
+def watched_fleet(prefill: int = 2, decode: int = 3) -> Iterator[Watched]:
+    """The router and its workers, idle."""
+    with watched_router() as watched, ExitStack() as stack:
+        joined_at = watched.router.address
         command = [sys.executable, "-m", "tests.watched", joined_at, str(prefill), str(decode)]
         workers = stack.enter_context(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
@@ -88,7 +96,7 @@ def watched_fleet(prefill: int = 2, decode: int = 3, **environ: str) -> Iterator
         stdout: IO[bytes] | None = workers.stdout
         assert stdout is not None
         assert stdout.readline() == b"ready\n"
-        yield Watched(router, f"http://127.0.0.1:{port}", workers)
+        yield replace(watched, workers=workers)
 
 
 @contextmanager

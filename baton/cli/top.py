@@ -85,8 +85,8 @@ async def _tell_once(url: str, settings: ClientSettings, *, as_json: bool) -> No
         print(content.decode())
         return
     console = stdout()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE
+    if not console.is_terminal:
+        console.width = max(WIDE, console.width)
     for each in plain(SNAPSHOT.validate_json(content)):
         console.print(each)
 

@@ -13,7 +13,7 @@ const STAGES = [
 ];
 const ENDS = { finished: ["✓", "finished"], failed: ["✕", "failed"], cancelled: ["⊘", "cancelled"] };
 const WINDOWS_S = [10, 30, 120, 600];
-const MOST_ROWS = matchMedia("(max-width: 720px)").matches ? 14 : 24;
+const MOST_ROWS = matchMedia("(max-width: 860px)").matches ? 14 : 24;
 
 const view = { windowS: 30, status: null, shown: "" };
 
