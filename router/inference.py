@@ -191,6 +191,7 @@ class Inference:
         account = Account(Timeline(received_s=time.monotonic()))
         async with (
             request_traced(self._tracing, origin, account, self._settings),
+            self._activity.follow(account),
             account.counted(self._metrics),
         ):
             raise error

@@ -129,6 +129,7 @@ class Announcer:
         )
         if config.http:
             grid.add_row("OpenAI API", f"http://{config.http}/v1")
+            grid.add_row("status page", f"http://{config.http}/")
         for worker in workers:
             grid.add_row(worker.role.value, _describe(worker))
         grid.add_row(

@@ -41,6 +41,8 @@ class Traffic:
 
     def __init__(self) -> None:
         self._ring: list[Slot | None] = [None] * SLOTS
+        self._told: tuple[int, TrafficStatus] | None = None
+        """The last status, and the second in which it was made."""
 
     def slot(self, now_s: float) -> Slot:
         """The present one, to be added to at once."""
@@ -51,8 +53,13 @@ class Traffic:
         return slot
 
     def status(self, now_s: float) -> TrafficStatus:
-        """Of the seconds that are over, the oldest first."""
-        slots = self._past(int(now_s))
+        """Of the seconds that are over, the oldest first. Made once a second, however many ask."""
+        second = int(now_s)
+        if self._told is None or self._told[0] != second:
+            self._told = (second, self._status(self._past(second)))
+        return self._told[1]
+
+    def _status(self, slots: Sequence[Slot]) -> TrafficStatus:
         return TrafficStatus(
             window_s=float(len(slots)),
             slot_s=1.0,
