@@ -16,7 +16,7 @@ from router.status.requests import request_status
 from router.status.snapshot import RequestsStatus, RequestState, RequestStatus, TrafficStatus
 from router.status.traffic import Meter, Traffic
 
-MAX_LIVE = 200
+MAX_LIVE = 100
 """Requests that are told of at once."""
 MAX_ENDED = 50
 

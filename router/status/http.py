@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from router.http.edge import caller_of
 from router.status.board import StatusBoard
-from router.status.snapshot import SNAPSHOT, StatusSnapshot
+from router.status.snapshot import StatusSnapshot
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
@@ -51,7 +51,7 @@ def status_routes(board: StatusBoard) -> APIRouter:
         response_class=Response,
     )
     async def status(request: Request) -> Response:
-        body = SNAPSHOT.dump_json(board.snapshot(caller_of(request)))
+        body = board.json(caller_of(request))
         return Response(body, headers=_JSON_HEADERS, media_type="application/json")
 
     return routes

@@ -36,7 +36,7 @@ async function ask() {
   else onProblem(outcome.problem ?? `The router answers with HTTP ${outcome.code}`);
 }
 
-function askIn(milliseconds) {
+function askAfter(milliseconds) {
   clearTimeout(poll.timer);
   if (!document.hidden) poll.timer = setTimeout(ask, milliseconds);
 }
@@ -54,7 +54,7 @@ function onStatus(status) {
   drawFleet(status.fleet);
   drawRequests(status);
   drawSessions(status.sessions, status.at_unix_s, status.tenant === null);
-  askIn(INTERVAL_MS);
+  askAfter(INTERVAL_MS);
 }
 
 function onKeyNeeded(wasGiven) {
@@ -78,7 +78,7 @@ function onProblem(problem) {
   byId("board").classList.add("stale");
   byId("banner").hidden = false;
   countDown(problem, poll.serial);
-  askIn(pauseS * 1000);
+  askAfter(pauseS * 1000);
 }
 
 function countDown(problem, serial) {

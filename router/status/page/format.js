@@ -43,7 +43,8 @@ export function bytes(number) {
   return `${unit === 0 || number >= 99.5 ? Math.round(number) : trimmed(number, number < 10 ? 2 : 1)} ${units[unit]}`;
 }
 
-export const percent = (share) => `${Math.round(share * 100)} %`;
+/** 100 % is all of it. */
+export const percent = (share) => `${share < 1 ? Math.min(99, Math.round(share * 100)) : 100} %`;
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 

@@ -147,9 +147,9 @@ function updateBar(bar, segment) {
 function segments(request, beginS) {
   const lanes = Math.min(4, request.choices);
   const bars = [];
-  const add = (key, stage, fromS, toS, lane, of, open = false) => {
-    const from = Math.max(0, request.received_unix_s + fromS - beginS);
-    const to = Math.min(view.windowS, request.received_unix_s + toS - beginS);
+  const add = (key, stage, beginsS, endsS, lane, of, open = false) => {
+    const from = Math.max(0, request.received_unix_s + beginsS - beginS);
+    const to = Math.min(view.windowS, request.received_unix_s + endsS - beginS);
     if (to < 0 || to < from) return;
     bars.push({ key, stage, open, left: (from / view.windowS) * 100, width: ((to - from) / view.windowS) * 100, top: (lane / of) * 100, height: 100 / of });
   };
