@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from baton.client import AsyncClient, SamplingOptions
-from baton.service.access import LOCAL
+from baton.service.access import LOCAL, Caller
 from baton.service.keys import TenantLimits, add_key, new_key
 from baton.v1 import session_pb2
 from router.status.activity import MAX_ENDED, MAX_LIVE
+from router.status.board import FRESH_S
 from router.status.snapshot import (
     SNAPSHOT,
     RequestState,
@@ -229,7 +230,7 @@ async def test_sessions_are_told_with_their_turns() -> None:
         await here.house.sessions.Close(
             session_pb2.SessionServiceCloseRequest(session_id=session_id)
         )
-        assert (await status_of(here)).sessions.recent == ()
+        assert here.house.app.board.snapshot(LOCAL).sessions.recent == ()
 
 
 class Keys:
@@ -282,6 +283,19 @@ async def test_a_tenant_sees_its_own_and_an_administrator_everything(tmp_path: P
         assert len(all_of_it.fleet) == 2
         page = await here.client.get("/")
         assert page.status_code == 200
+
+
+async def test_many_who_watch_cost_as_much_as_one_and_nobody_gets_anothers_view() -> None:
+    """Promise: within `FRESH_S` the same view is made once; views are kept no longer than that."""
+    async with cluster() as here:
+        board, acme = here.app.board, Caller(tenant="acme")
+        first = board.json(LOCAL)
+        assert board.json(LOCAL) is first
+        own = SNAPSHOT.validate_json(board.json(acme))
+        assert (own.tenant, own.fleet) == ("acme", None)
+        await asyncio.sleep(FRESH_S)
+        assert board.json(LOCAL) is not first
+        assert board._fresh.keys() == {None}
 
 
 async def test_the_schema_describes_every_field() -> None:
