@@ -55,6 +55,11 @@ class Ports:
         return self._clients.port
 
     @property
+    def health_port(self) -> int:
+        """The probes'; 0 where there is none. Precondition: started."""
+        return self._clients.health_port
+
+    @property
     def fleet_port(self) -> int:
         """The workers'. Precondition: started."""
         return self._fleet.port
@@ -106,7 +111,7 @@ def _fleet_settings(settings: RouterSettings) -> RouterSettings | None:
     host, colon, port = settings.fleet_listen.rpartition(":")
     if not colon or not port.isdigit():
         raise _invalid("fleet_listen", "must be host:port")
-    return replace(settings, host=host, port=int(port))
+    return replace(settings, host=host, port=int(port), health_listen="")
 
 
 def _client_access(settings: RouterSettings) -> Access:

@@ -16,11 +16,14 @@ from baton.service.settings import ServerSettings
 from baton.service.tls import ChannelCertificates, TlsFiles
 
 
-def open_channel(target: str, settings: ServerSettings) -> grpc.aio.Channel:
+def open_channel(
+    target: str, settings: ServerSettings, *, server_name: str = ""
+) -> grpc.aio.Channel:
     """A channel to host:port. Pings keep it alive through silent stretches of a call and find a dead peer; a peer that comes back is
-    found within a second. Raises `InvalidRequestError` where the fleet's certificates are unusable.
+    found within a second. With certificates, the peer's must be for the settings' `fleet_server_name`, else for `server_name`, else for the
+    host. Raises `InvalidRequestError` where the fleet's certificates are unusable.
     """
-    options = channel_options(settings)
+    options = channel_options(settings, server_name=server_name)
     files = fleet_files(settings)
     if files is None:
         return grpc.aio.insecure_channel(target, options=options)
@@ -53,9 +56,14 @@ def fleet_files(settings: ServerSettings) -> TlsFiles | None:
     )
 
 
-def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    """Options for a client of servers that run with the same settings."""
+def channel_options(
+    settings: ServerSettings, *, server_name: str = ""
+) -> list[tuple[str, int | str]]:
+    """Options for a client of servers that run with the same settings; see `open_channel` for the name."""
+    name = settings.fleet_server_name or server_name
+    named: list[tuple[str, int | str]] = [("grpc.ssl_target_name_override", name)] if name else []
     return [
+        *named,
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_s * 500)),

@@ -1,6 +1,8 @@
 """The worker's side of the fleet: stays a member with every router, tells each its load and its prefix cache, and leaves.
 
-One task per router, on the worker's event loop; a router that is away costs one log line and a slow retry. The whole prefix
+One task per router, on the worker's event loop; a router that is away costs one log line and a slow retry. Where the settings say so,
+the routers are every address that a name has at the time: a new one is joined, and one that is gone from the name is left once it has
+ended the membership, since a router that drains needs its workers. The whole prefix
 cache goes out after each (re)join, then changes only. Changes of the draining flag and of the role go out at once. Every wait is bounded by
 the lease that the router grants: a router that stopped reading is left, and joined anew.
 """
@@ -18,6 +20,7 @@ import grpc
 from baton.codec import load_to_proto, prefix_delta_to_proto, worker_info_to_proto
 from baton.errors import BatonError, DeadlineError, UnavailableError
 from baton.service.channel import open_channel
+from baton.service.discovery import RouterAddress, found_routers
 from baton.service.settings import WorkerSettings
 from baton.service.status import error_from_rpc
 from baton.types import PrefixDelta, WorkerInfo, WorkerLoad
@@ -27,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 5.0
 MAX_BACKOFF_S = 5.0
+DISCOVER_S = 5.0
+"""How often the routers' names are looked up."""
 MAX_HASHES = 65536
 """Per heartbeat: half a megabyte, within any message limit."""
 
@@ -56,11 +61,12 @@ class _Standing:
     stalled: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Link:
     """One router."""
 
-    address: str
+    router: RouterAddress
+    task: asyncio.Task[None] | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     joined: bool = False
     told_standing: "_Standing | None" = None
@@ -78,19 +84,25 @@ class FleetAgent:
         self._reporter = reporter
         self._settings = settings
         self._standing = _Standing()
-        self._links = [_Link(address) for address in settings.routers]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._links: list[_Link] = []
+        self._discovering: asyncio.Task[None] | None = None
 
     @property
     def num_joined(self) -> int:
         """Routers that count this worker as a member."""
         return sum(link.joined for link in self._links)
 
+    @property
+    def num_routers(self) -> int:
+        """Routers that are joined, or tried again and again."""
+        return len(self._links)
+
     def start(self) -> None:
-        self._tasks = [
-            asyncio.create_task(self._stay(link), name=f"fleet-{link.address}")
-            for link in self._links
-        ]
+        if self._settings.discover_routers:
+            self._discovering = asyncio.create_task(self._discover(), name="discover routers")
+            return
+        for target in self._settings.routers:
+            self._add(RouterAddress(target))
 
     def set_standing(self, *, draining: bool, stalled: bool = False) -> None:
         """Tells every router at once to place nothing new here, or that it may again; what runs on a draining worker goes elsewhere,
@@ -121,11 +133,41 @@ class FleetAgent:
 
     async def stop(self) -> None:
         """Leaves every router. Idempotent."""
-        for task in self._tasks:
+        tasks = [self._discovering, *(link.task for link in self._links)]
+        running = [task for task in tasks if task is not None]
+        for task in running:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._tasks = []
+        if running:
+            await asyncio.wait(running)
+        self._discovering, self._links = None, []
+
+    def _add(self, router: RouterAddress) -> None:
+        link = _Link(router)
+        link.task = asyncio.create_task(self._stay(link), name=f"fleet-{router.target}")
+        self._links.append(link)
+
+    async def _discover(self) -> None:
+        known = True
+        while True:
+            try:
+                await self._follow(await found_routers(self._settings.routers))
+                known = True
+            except OSError as error:  # whoever was found stays
+                if known:
+                    _log.warning("the routers' names cannot be looked up: %s", error)
+                known = False
+            await asyncio.sleep(DISCOVER_S)
+
+    async def _follow(self, routers: frozenset[RouterAddress]) -> None:
+        """Joins who is new, and gives up who is gone."""
+        for router in routers - {link.router for link in self._links}:
+            self._add(router)
+        gone = [link for link in self._links if link.router not in routers and not link.joined]
+        self._links = [link for link in self._links if link not in gone]
+        for link in gone:
+            assert link.task is not None
+            link.task.cancel()
+            await asyncio.wait({link.task})
 
     async def _stay(self, link: _Link) -> None:
         backoff_s = self._settings.rejoin_backoff_s
@@ -134,7 +176,7 @@ class FleetAgent:
                 await self._belong(link)
             except Exception as error:  # noqa: BLE001 - a router's fault must not end membership
                 if not link.lost:
-                    _log.warning("not joined to router %s: %s", link.address, _reason(error))
+                    _log.warning("not joined to router %s: %s", link.router.target, _reason(error))
                     link.lost = True
             if link.joined:
                 link.joined = False
@@ -145,7 +187,10 @@ class FleetAgent:
 
     async def _belong(self, link: _Link) -> None:
         """One membership, from joining to its loss."""
-        async with open_channel(link.address, self._settings) as channel:
+        router = link.router
+        async with open_channel(
+            router.target, self._settings, server_name=router.server_name
+        ) as channel:
             stub = fleet_pb2_grpc.FleetServiceStub(channel)
             call: Any = stub.Join()
             try:
@@ -181,7 +226,7 @@ class FleetAgent:
                     link.told_standing = standing
                     if not link.joined:
                         link.joined, link.lost = True, False
-                        _log.info("joined router %s", link.address)
+                        _log.info("joined router %s", link.router.target)
                     await _first_of(end, link.wake, terms.heartbeat_seconds)
                     if end.done():
                         end.result()

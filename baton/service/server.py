@@ -1,7 +1,8 @@
 """The gRPC server that every Baton process runs: grpc.aio with health, reflection, limits, keepalive and typed errors.
 
 All methods are called on the process's event loop. Health starts as NOT_SERVING for every service and is set by the owner;
-"" speaks for the process itself: it serves from `start` to `stop`, and also while a service drains.
+"" speaks for the process itself: it serves from `start` to `stop`, and also while a service drains. Where the settings ask for it, a
+port of its own answers health, and nothing else, in plaintext.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -44,8 +45,11 @@ class GrpcServer:
             options=_server_options(settings, share_port=share_port),
         )
         self._health = HealthServicer()
+        self._probed: grpc.aio.Server | None = None
         self.port = 0
         """The bound port, once started."""
+        self.health_port = 0
+        """The bound port of `health_listen`, once started; 0 where there is none."""
 
     def register(self, add: Callable[[grpc.aio.Server], None]) -> None:
         """Calls `add` with the server, to add a servicer. Before `start` only."""
@@ -69,8 +73,23 @@ class GrpcServer:
                 self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise UnavailableError(f"cannot listen on {address}: is the port taken?") from None
+        if self._settings.health_listen:
+            await self._start_health(self._settings.health_listen)
         await self._server.start()
         return self.port
+
+    async def _start_health(self, address: str) -> None:
+        """Serves the same health where whoever probes it needs no certificate."""
+        server = grpc.aio.server(interceptors=[ErrorInterceptor(OpenAccess())])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        try:
+            self.health_port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise UnavailableError(
+                f"cannot listen for probes on {address}: is the port taken?"
+            ) from None
+        await server.start()
+        self._probed = server
 
     async def set_serving(
         self, *, serving: bool, alive: bool = True, idle: Collection[str] = ()
@@ -85,6 +104,8 @@ class GrpcServer:
         """Health turns NOT_SERVING for good, new calls are refused, running ones are cancelled after the grace. Idempotent."""
         self._health.finish()
         await self._server.stop(grace_s)
+        if self._probed is not None:
+            await self._probed.stop(0)
 
 
 def _server_options(settings: ServerSettings, *, share_port: bool) -> list[tuple[str, int]]:

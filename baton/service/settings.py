@@ -118,6 +118,10 @@ class ServerSettings(Settings):
     """PEM key of the fleet certificate."""
     fleet_ca_file: str = ""
     """PEM certificates of the fleet's CA."""
+    fleet_server_name: str = ""
+    """A name for which every certificate of the fleet is valid; empty: each is for the host that is dialled."""
+    health_listen: str = ""
+    """host:port that answers nothing but health, in plaintext: for probes, which show no certificate. Empty: none."""
     keepalive_s: float = 20.0
     """A peer that answers no HTTP/2 ping sent this often is taken for dead, and its calls are cancelled."""
     min_client_ping_s: float = 5.0
@@ -148,6 +152,8 @@ class WorkerSettings(ServerSettings):
 
     routers: tuple[str, ...] = ()
     """host:port of every router to join."""
+    discover_routers: bool = False
+    """Each address of a name in `routers` is a router of its own; names are looked up again and again. Otherwise a name is one router."""
     worker_id: str = ""
     """Empty: made from the role, the host name and random letters."""
     advertise_host: str = ""

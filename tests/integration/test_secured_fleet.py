@@ -143,6 +143,34 @@ async def test_who_is_not_of_the_fleet_neither_joins_nor_reaches_a_worker(
         assert here.app.fleet.registry.infos() == members
 
 
+async def test_certificates_for_one_name_serve_a_fleet_whose_addresses_nobody_knows_before(
+    secrets: Secrets,
+) -> None:
+    """Promise: where addresses are drawn, as pods' are, each certificate may be for the fleet's name alone; another name is refused."""
+    router, worker = secrets.router(), secrets.worker(secrets.fleet)
+    for name in ("router", "worker"):
+        secrets.fleet.issue(name, "fleet.example")
+    named = replace(router, fleet_server_name="fleet.example")
+    member = replace(worker, fleet_server_name="fleet.example")
+    files = TlsFiles(ca=str(secrets.public.ca_file))
+    async with house(
+        1,
+        1,
+        settings=named,
+        workers=member,
+        connect=lambda target: grpc.aio.secure_channel(target, channel_credentials(files)),
+    ) as here:
+        async with client(here, secrets, secrets.connection) as asking:
+            answer = await asking.complete(prompt_of(1), sampling=GREEDY)
+        assert answer.attempts[-1].prefill_worker
+        target = f"127.0.0.1:{here.app.fleet_port}"
+        async with open_channel(target, replace(member, fleet_server_name="another")) as channel:
+            join = fleet_pb2_grpc.FleetServiceStub(channel).Join(timeout=5)
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await join.read()
+            assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
 async def test_the_fleets_certificates_are_replaced_while_requests_run(secrets: Secrets) -> None:
     """Promise: no request fails, none is tried twice, and a worker that comes afterwards is let in."""
     async with secured(secrets) as here, client(here, secrets, secrets.connection) as asking:

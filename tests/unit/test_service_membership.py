@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -110,8 +111,10 @@ class FakeRouter(fleet_pb2_grpc.FleetServiceServicer):
 
 
 @asynccontextmanager
-async def routed(router: FakeRouter, port: int = 0) -> AsyncIterator[GrpcServer]:
-    server = GrpcServer(RouterSettings(port=port), ["baton.v1.FleetService"])
+async def routed(
+    router: FakeRouter, port: int = 0, host: str = "127.0.0.1"
+) -> AsyncIterator[GrpcServer]:
+    server = GrpcServer(RouterSettings(host=host, port=port), ["baton.v1.FleetService"])
     server.register(lambda s: fleet_pb2_grpc.add_FleetServiceServicer_to_server(router, s))
     await server.start()
     try:
@@ -121,9 +124,13 @@ async def routed(router: FakeRouter, port: int = 0) -> AsyncIterator[GrpcServer]
 
 
 @asynccontextmanager
-async def member(reporter: FakeReporter, *ports: int) -> AsyncIterator[FleetAgent]:
+async def member(
+    reporter: FakeReporter, *ports: int, found_at: str = ""
+) -> AsyncIterator[FleetAgent]:
+    """`found_at` is the name of all routers."""
+    targets = (found_at,) if found_at else tuple(f"127.0.0.1:{port}" for port in ports)
     settings = WorkerSettings(
-        routers=tuple(f"127.0.0.1:{port}" for port in ports), rejoin_backoff_s=0.02
+        routers=targets, discover_routers=bool(found_at), rejoin_backoff_s=0.02
     )
     agent = FleetAgent(INFO, reporter, settings)
     agent.start()
@@ -253,3 +260,63 @@ async def test_a_huge_prefix_cache_is_told_in_several_messages() -> None:
     async with routed(router) as server, member(reporter, server.port):
         await until(lambda: sum(len(b.prefix.stored) for b in router.beats) == len(hashes), "all")
         assert [len(b.prefix.stored) for b in router.beats[:3]] == [MAX_HASHES, MAX_HASHES, 5]
+
+
+class FakeNames:
+    """Addresses of the name `routers`; none of them is no such name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *hosts: str) -> None:
+        self.hosts = list(hosts)
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
+        monkeypatch.setattr("baton.service.membership.DISCOVER_S", 0.02)
+
+    def _look_up(self, host: str, port: str, *_: object) -> list[tuple[object, ...]]:
+        assert host == "routers"
+        if not self.hosts:
+            raise socket.gaierror("no such name")
+        both = [(socket.AF_INET, each) for each in self.hosts] + [(socket.AF_INET6, "::1")]
+        return [(family, 1, 6, "", (each, int(port))) for family, each in both]
+
+
+async def test_every_address_of_a_name_is_joined_as_a_router_and_those_that_come_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Promise: behind a name that stands for all routers, none of them lacks a worker."""
+    one, two = FakeRouter(), FakeRouter()
+    names = FakeNames(monkeypatch, "127.0.0.2")
+    async with routed(one, host="127.0.0.2") as server:
+        port = server.port
+        async with (
+            routed(two, port, host="127.0.0.3"),
+            member(FakeReporter(), found_at=f"routers:{port}") as agent,
+        ):
+            await until(lambda: one.beats, "the first router is joined")
+            assert not two.announced
+            names.hosts.append("127.0.0.3")
+            await until(lambda: agent.num_joined == 2, "so is the one that came")
+            assert len(one.announced) == 1
+
+
+async def test_a_router_gone_from_the_name_keeps_its_workers_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise: a router that drains is out of DNS, and still serves; a failing DNS takes nobody away."""
+    one, two = FakeRouter(), FakeRouter()
+    names = FakeNames(monkeypatch, "127.0.0.2", "127.0.0.3")
+    async with routed(one, host="127.0.0.2") as server:
+        port = server.port
+        async with (
+            routed(two, port, host="127.0.0.3"),
+            member(FakeReporter(), found_at=f"routers:{port}") as agent,
+        ):
+            await until(lambda: agent.num_joined == 2, "both are joined")
+            names.hosts.clear()
+            await until(lambda: "cannot be looked up" in caplog.text, "the name is gone")
+            assert agent.num_joined == 2
+            names.hosts.append("127.0.0.3")
+            beats = len(one.beats)
+            await until(lambda: len(one.beats) > beats + 5, "it still hears of the worker")
+            await server.stop(0)
+            await until(lambda: agent.num_routers == 1, "it is given up once it has ended")
+            assert agent.num_joined == 1
+    assert caplog.text.count("cannot be looked up") == 1

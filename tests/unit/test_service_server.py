@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -26,6 +28,7 @@ from baton.service.server import GrpcServer
 from baton.service.settings import ServerSettings
 from baton.service.status import error_from_rpc
 from baton.v1 import decode_pb2, decode_pb2_grpc, fleet_pb2, fleet_pb2_grpc
+from tests.certificates import Authority
 
 DECODE = "baton.v1.DecodeService"
 FLEET = "baton.v1.FleetService"
@@ -368,3 +371,40 @@ async def test_a_burst_of_calls_is_not_turned_away() -> None:
         answers = await asyncio.gather(*calls)
     await server.stop(0)
     assert {answer.status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
+
+
+async def test_probes_without_a_certificate_see_the_health_and_nothing_else(tmp_path: Path) -> None:
+    """Promise: where callers must show certificates, whoever has none still learns whether the process is well."""
+    files = Authority.make(tmp_path).issue("server")
+    settings = ServerSettings(health_listen="127.0.0.1:0")
+    server = GrpcServer(settings, [DECODE], tls=files)
+    decode = FakeDecode()
+    server.register(lambda s: decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, s))
+    await server.start()
+    try:
+        await server.set_serving(serving=True)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.health_port}") as channel:
+            harness = Harness(server, decode, channel)
+            assert await harness.health(DECODE) == health_pb2.HealthCheckResponse.SERVING
+            await server.set_serving(serving=False)
+            assert await harness.health(DECODE) == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await harness.health("") == health_pb2.HealthCheckResponse.SERVING
+            for unknown in (harness.health("other"), harness.get_info()):
+                with pytest.raises(grpc.aio.AioRpcError) as failed:
+                    await unknown
+                assert failed.value.code() in {
+                    grpc.StatusCode.NOT_FOUND,
+                    grpc.StatusCode.UNIMPLEMENTED,
+                }
+    finally:
+        await server.stop(0)
+
+
+async def test_a_port_for_probes_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        server = GrpcServer(ServerSettings(health_listen=address), [DECODE])
+        with pytest.raises(UnavailableError, match=address):
+            await server.start()
