@@ -1,8 +1,6 @@
 """`baton serve`: router and workers on this machine."""
 
 import os
-from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,20 +8,12 @@ import typer
 from baton.cli.config import ServeConfig, Transport, shipped_model, with_ports
 from baton.cli.console import EXIT_FAILED, reported
 from baton.cli.serving import run
-from baton.engine.config import EngineConfig, load_model_config
-from baton.engine.sim import SimConfig
+from baton.engine.config import EngineConfig
+from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy
 
 
-class EngineKind(Enum):
-    """What computes the tokens."""
-
-    TORCH = "torch"
-    SIM = "sim"
-
-
-SIMULATED_POOL_TOKENS = 65536
 MODEL = "Model"
 FLEET = "Fleet"
 SERVER = "Server"
@@ -237,7 +227,7 @@ def serve(
             kv_cache=kv_cache,
         )
         config = ServeConfig(
-            engine=_simulated(chosen) if engine is EngineKind.SIM else chosen,
+            engine=simulated(chosen) if engine is EngineKind.SIM else chosen,
             tokenizer=source,
             prefill=prefill,
             decode=decode,
@@ -256,21 +246,3 @@ def serve(
         clean = run(with_ports(config))
     if not clean:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _simulated(chosen: EngineConfig) -> SimConfig:
-    """With the vocabulary and context of the checkpoint whose tokenizer is served."""
-    model = load_model_config(Path(chosen.model))
-    tokens = chosen.kv_pool_tokens or SIMULATED_POOL_TOKENS
-    return SimConfig(
-        model=Path(chosen.model).resolve().name,
-        directory=str(Path(chosen.model).resolve()),
-        vocab_size=model.vocab_size,
-        max_context_tokens=chosen.max_context_tokens or model.max_position_tokens,
-        eos_token_ids=model.eos_token_ids,
-        block_size_tokens=chosen.block_size_tokens,
-        num_blocks=max(1, tokens // chosen.block_size_tokens),
-        max_batch_tokens=chosen.max_batch_tokens,
-        max_running=chosen.max_running,
-        prefix_cache=chosen.prefix_cache,
-    )

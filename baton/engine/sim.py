@@ -8,12 +8,15 @@ placement, sessions and failure with many workers on a small machine.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
+from baton.engine.config import EngineConfig, load_model_config
 from baton.engine.engine import PagedEngine
 from baton.engine.noise import uniform
 from baton.kv.checksum import RunningChecksum, sealed
@@ -22,6 +25,16 @@ from baton.types import PositionLogprobs, TokenLogprob
 
 _MODULUS = 65521
 """Below 2**16, so that every stored value is exact in float32."""
+
+
+DEFAULT_POOL_TOKENS = 65536
+
+
+class EngineKind(Enum):
+    """What computes the tokens."""
+
+    TORCH = "torch"
+    SIM = "sim"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +56,26 @@ class SimConfig:
     """Time that each computed token adds."""
     directory: str = ""
     """Of the checkpoint that it stands for, whose tokenizer is used; empty: none."""
+
+
+def simulated(chosen: EngineConfig) -> SimConfig:
+    """A simulated engine in the chosen one's place, with the vocabulary and context of its checkpoint, whose tokenizer is served. Reads
+    the checkpoint's description; raises `ModelLoadError`.
+    """
+    model = load_model_config(Path(chosen.model))
+    tokens = chosen.kv_pool_tokens or DEFAULT_POOL_TOKENS
+    return SimConfig(
+        model=Path(chosen.model).resolve().name,
+        directory=str(Path(chosen.model).resolve()),
+        vocab_size=model.vocab_size,
+        max_context_tokens=chosen.max_context_tokens or model.max_position_tokens,
+        eos_token_ids=model.eos_token_ids,
+        block_size_tokens=chosen.block_size_tokens,
+        num_blocks=max(1, tokens // chosen.block_size_tokens),
+        max_batch_tokens=chosen.max_batch_tokens,
+        max_running=chosen.max_running,
+        prefix_cache=chosen.prefix_cache,
+    )
 
 
 class SimRunner:

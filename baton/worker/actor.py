@@ -68,6 +68,8 @@ class ActorConfig:
     namespace: str
     num_gpus: float = 0.0
     """Share of a GPU that Ray reserves; an actor without one sees no GPU."""
+    ray_resource: str = ""
+    """Custom resource of which the actor takes one; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ def _create(actor: type[WorkerActor], config: ActorConfig) -> Any:
         namespace=config.namespace,
         num_cpus=0,
         num_gpus=config.num_gpus,
+        resources={config.ray_resource: 1} if config.ray_resource else {},
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=MAX_CALLS,

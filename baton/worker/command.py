@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from baton.engine.config import EngineConfig
 from baton.engine.progress import in_words, paced
+from baton.engine.sim import EngineKind, SimConfig, simulated
 from baton.errors import BatonError
 from baton.service import logging as service_logging
 from baton.service.settings import LogFormat, LogLevel, WorkerSettings
@@ -35,10 +36,11 @@ class Command:
 
     role: Role
     settings: WorkerSettings
-    engine: EngineConfig
+    engine: EngineConfig | SimConfig
     ray_address: str
     namespace: str
     num_gpus: float
+    ray_resource: str
 
 
 def main(role: Role | None, actor: type[WorkerActor]) -> int:
@@ -93,10 +95,11 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
     return Command(
         role=role,
         settings=settings,
-        engine=engine,
+        engine=simulated(engine) if EngineKind(flags.engine) is EngineKind.SIM else engine,
         ray_address=flags.ray_address or environ.get("RAY_ADDRESS", "auto"),
         namespace=flags.namespace,
         num_gpus=num_gpus,
+        ray_resource=flags.ray_resource,
     )
 
 
@@ -115,6 +118,11 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--model", required=True, help="directory in Hugging Face format, or hub id")
     add("--routers", help="host:port of every router to join, comma-separated")
     add("--ray-address", help="cluster to join; 'local' starts a private one (default: auto)")
+    add(
+        "--ray-resource",
+        default="",
+        help="custom resource of the node, of which the worker takes one: nodes that offer one run one worker each",
+    )
     add("--namespace", default="baton", help="where the workers' actors find each other")
     add("--host", help="address to listen on")
     add("--advertise-host", help="host that routers reach this worker at")
@@ -124,6 +132,12 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--drain-grace-s", type=float, help="how long running requests may go on after SIGTERM")
     add("--log-format", choices=[each.value for each in LogFormat])
     add("--log-level", choices=[each.value for each in LogLevel])
+    add(
+        "--engine",
+        choices=[each.value for each in EngineKind],
+        default=EngineKind.TORCH.value,
+        help="sim answers without the model's weights, from a simulated engine",
+    )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--device", choices=["cpu", "cuda"], default=defaults.device)
     add("--num-gpus", type=float, help="share of a GPU that Ray reserves (default: 1 with cuda)")
@@ -155,6 +169,7 @@ async def _run(actor: type[WorkerActor], command: Command, cluster: RayCluster) 
         role=role,
         namespace=cluster.namespace,
         num_gpus=command.num_gpus,
+        ray_resource=command.ray_resource,
     )
     stop = _stop_signal()
     progress = paced(lambda *loaded: _log.info("loaded %s", in_words(*loaded)))
