@@ -13,7 +13,6 @@ from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy
 
-
 MODEL = "Model"
 FLEET = "Fleet"
 SERVER = "Server"

@@ -162,9 +162,12 @@ def _local_cluster(settings: LocalRaySettings) -> Iterator[RayCluster]:
 
 
 @contextmanager
-def join(address: str, *, namespace: str = "baton") -> Iterator[RayCluster]:
+def join(
+    address: str, *, namespace: str = "baton", node_ip: str | None = None
+) -> Iterator[RayCluster]:
     """Connects to the cluster at `address` inside the context (`auto`: the one that runs on this machine); actors that this process
-    created end with it. Raises `UnavailableError` where no cluster answers, or where it refuses the token.
+    created end with it. `node_ip` tells which of this machine's Ray nodes it belongs to, where there are several. Raises
+    `UnavailableError` where no cluster answers, or where it refuses the token.
     """
     host, _, port = address.rpartition(":")
     loopback = host in {"localhost", "127.0.0.1"}
@@ -178,6 +181,7 @@ def join(address: str, *, namespace: str = "baton") -> Iterator[RayCluster]:
                 namespace=namespace,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                _node_ip_address=node_ip,
             )
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise UnavailableError(f"cannot join Ray at {address!r}: {error}") from error

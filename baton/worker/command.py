@@ -41,6 +41,7 @@ class Command:
     namespace: str
     num_gpus: float
     ray_resource: str
+    ray_node_ip: str | None
 
 
 def main(role: Role | None, actor: type[WorkerActor]) -> int:
@@ -100,6 +101,7 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         namespace=flags.namespace,
         num_gpus=num_gpus,
         ray_resource=flags.ray_resource,
+        ray_node_ip=flags.ray_node_ip,
     )
 
 
@@ -118,6 +120,7 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--model", required=True, help="directory in Hugging Face format, or hub id")
     add("--routers", help="host:port of every router to join, comma-separated")
     add("--ray-address", help="cluster to join; 'local' starts a private one (default: auto)")
+    add("--ray-node-ip", help="which of this machine's Ray nodes to run on, where there are several")
     add(
         "--ray-resource",
         default="",
@@ -226,7 +229,9 @@ def _stop_signal() -> asyncio.Event:
 def _ray(command: Command) -> AbstractContextManager[RayCluster]:
     if command.ray_address == "local":
         return start_local(LocalRaySettings(namespace=command.namespace, prestarted_workers=1))
-    return join(command.ray_address, namespace=command.namespace)
+    return join(
+        command.ray_address, namespace=command.namespace, node_ip=command.ray_node_ip
+    )
 
 
 def _say(line: str) -> None:

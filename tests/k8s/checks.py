@@ -74,7 +74,7 @@ def commands_parse(objects: list[Manifest]) -> Iterator[str]:
                 yield f"{template.owner}: {error!r}"
                 continue
             script = template.container["args"][0]
-            if f'--resources=\'{{"{command.ray_resource}": 1}}\'' not in script:
+            if f"--resources='{{\"{command.ray_resource}\": 1}}'" not in script:
                 yield f"{template.owner}: the node does not offer {command.ray_resource!r}"
             flags = set(re.findall(r"(--[a-z-]+)", script.partition("exec ")[0]))
         else:
@@ -158,12 +158,9 @@ def stores_fit(objects: list[Manifest]) -> Iterator[str]:
             continue
         variables = environment(template, objects) | template.ray_params
         store = int(variables.get("OBJECT_STORE_BYTES") or variables["object-store-memory"])
-        mounted = {
-            each["mountPath"]: each["name"] for each in template.container["volumeMounts"]
-        }
-        volume = next(
-            each for each in template.spec["volumes"] if each["name"] == mounted["/dev/shm"]
-        )
+        mounted = {each["mountPath"]: each["name"] for each in template.container["volumeMounts"]}
+        store_volume = mounted["/dev/shm"]  # noqa: S108 - where Ray has its store
+        volume = next(each for each in template.spec["volumes"] if each["name"] == store_volume)
         if volume["emptyDir"].get("medium") != "Memory":
             yield f"{template.owner}: /dev/shm is not in memory"
         room = _bytes(volume["emptyDir"]["sizeLimit"])

@@ -80,7 +80,9 @@ def permits(policies: list[Manifest], direction: str, of: Peer, peer: Peer, port
     key, peers = ("ingress", "from") if direction == "Ingress" else ("egress", "to")
     return any(
         is_peer(each, peer)
-        and any(rule["port"] <= port <= rule.get("endPort", rule["port"]) for rule in allow["ports"])
+        and any(
+            rule["port"] <= port <= rule.get("endPort", rule["port"]) for rule in allow["ports"]
+        )
         for policy in policies
         if direction in policy["spec"]["policyTypes"]
         and selects(policy["spec"]["podSelector"], of[1])
