@@ -139,7 +139,17 @@ def pod(
             f"ip -n {name} link set lo up",
         ):
             run(*line.split())
-        apart = ("ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--fork")
+        apart = (
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+        )
         process = subprocess.Popen(
             [*apart, "/bin/bash", "-euc", _ENTER, "enter", str(root), *command],
             env={"PATH": "/opt/baton/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environ},
