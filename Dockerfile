@@ -58,7 +58,7 @@ USER 10001:10001
 
 FROM runtime AS router
 COPY --from=router-environment /opt/baton /opt/baton
-EXPOSE 50051 50052 50053 9090
+EXPOSE 8000 50051 50052 50053 9090
 ENTRYPOINT ["python", "-m", "router"]
 
 FROM runtime AS worker

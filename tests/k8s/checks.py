@@ -110,6 +110,7 @@ def ports_are_listened_at(objects: list[Manifest]) -> Iterator[str]:
         }
         if isinstance(settings, RouterSettings):
             listens["fleet"] = _port_of(settings.fleet_listen)
+            listens["http"] = _port_of(settings.http_listen)
         shown = {each["name"]: each["containerPort"] for each in template.container["ports"]}
         if shown != listens:
             yield f"{template.owner}: shows {shown}, listens at {listens}"

@@ -21,11 +21,12 @@ OUTSIDE: dict[str, Peer] = {
     "dns": (DNS, {"k8s-app": "kube-dns"}),
     "stranger": (OTHERS, {}),
 }
-GRPC, FLEET, WORKER, METRICS = 50051, 50052, 50061, 9090
+GRPC, HTTP, FLEET, WORKER, METRICS = 50051, 8000, 50052, 50061, 9090
 REDIS, GCS, RAYLET, ACTOR = 6379, 6379, 6380, 10050
 
 ALLOWED = {
     ("client", "router", GRPC),
+    ("client", "router", HTTP),
     ("prefill", "router", FLEET),
     ("decode", "router", FLEET),
     ("router", "prefill", WORKER),
@@ -45,7 +46,7 @@ ALLOWED = {
     ),
 }
 PORTS = {
-    "router": (GRPC, FLEET, METRICS, 50053),
+    "router": (GRPC, HTTP, FLEET, METRICS, 50053),
     "prefill": (WORKER, METRICS, RAYLET, ACTOR, 50063),
     "decode": (WORKER, METRICS, RAYLET, ACTOR, 50063),
     "ray-head": (GCS, RAYLET, ACTOR, 8265, 10001),

@@ -46,7 +46,7 @@ def test_the_demo_needs_no_development_tools(tmp_path: Path) -> None:
 def test_installing_is_done_once(tmp_path: Path) -> None:
     env = tmp_path / "env"
     env.mkdir()
-    for stamp in (".pip", ".worker", ".dev"):
+    for stamp in (".pip", ".worker", ".dev", ".checkov"):
         (env / stamp).touch()
     assert "pip install" not in make("--dry-run", f"VENV={env}", "test").stdout
 
