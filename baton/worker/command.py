@@ -120,7 +120,9 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--model", required=True, help="directory in Hugging Face format, or hub id")
     add("--routers", help="host:port of every router to join, comma-separated")
     add("--ray-address", help="cluster to join; 'local' starts a private one (default: auto)")
-    add("--ray-node-ip", help="which of this machine's Ray nodes to run on, where there are several")
+    add(
+        "--ray-node-ip", help="which of this machine's Ray nodes to run on, where there are several"
+    )
     add(
         "--ray-resource",
         default="",
@@ -229,9 +231,7 @@ def _stop_signal() -> asyncio.Event:
 def _ray(command: Command) -> AbstractContextManager[RayCluster]:
     if command.ray_address == "local":
         return start_local(LocalRaySettings(namespace=command.namespace, prestarted_workers=1))
-    return join(
-        command.ray_address, namespace=command.namespace, node_ip=command.ray_node_ip
-    )
+    return join(command.ray_address, namespace=command.namespace, node_ip=command.ray_node_ip)
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ Prints the cluster's address. Each line on standard input is answered with what 
 """
 
 import json
+import logging
 import sys
 from dataclasses import asdict, dataclass
 
@@ -40,7 +41,9 @@ def main() -> None:
                 resources={role: 1},
                 object_store_memory=STORE_BYTES,
             )
-        ray.init(cluster.address, namespace="baton", log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            cluster.address, namespace="baton", log_to_driver=False, logging_level=logging.ERROR
+        )
         sys.stdout.write(f"{cluster.address}\n")
         sys.stdout.flush()
         for _ in sys.stdin:
@@ -48,17 +51,17 @@ def main() -> None:
             sys.stdout.flush()
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def reports() -> list[NodeReport]:
     """Of the nodes that offer a role."""
     alive = [each for each in state.actors().values() if each["State"] == "ALIVE"]
     found = []
-    for node in ray.nodes():
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
         if not {"prefill", "decode"} & set(node["Resources"]):
             continue
-        stats = node_stats(
+        stats = node_stats(  # type: ignore[no-untyped-call]
             node_manager_address=node["NodeManagerAddress"],
             node_manager_port=node["NodeManagerPort"],
             include_memory_info=False,

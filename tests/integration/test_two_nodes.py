@@ -73,7 +73,16 @@ def nodes(environ: dict[str, str], log: Path) -> Iterator[Nodes]:
 def worker(role: str, node_ip: str, address: str, environ: dict[str, str]) -> Iterator[None]:
     command = [sys.executable, "-m", f"{role}_worker", "--model", TALES, "--dtype", "float32"]
     command += ["--threads", "1", "--kv-pool-tokens", "4096", "--worker-id", role]
-    command += ["--log-level", "warning", "--ray-address", address, "--ray-node-ip", node_ip, "--ray-resource", role]
+    command += [
+        "--log-level",
+        "warning",
+        "--ray-address",
+        address,
+        "--ray-node-ip",
+        node_ip,
+        "--ray-resource",
+        role,
+    ]
     process = subprocess.Popen(command, env=environ)
     try:
         yield

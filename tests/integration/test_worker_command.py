@@ -15,6 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import baton
+from baton.engine.config import EngineConfig
+from baton.engine.sim import SimConfig
 from baton.errors import InvalidRequestError
 from baton.types import Role
 from baton.worker.command import parse
@@ -32,9 +34,19 @@ def test_flags_win_over_the_environment_which_wins_over_defaults() -> None:
     assert (command.settings.port, command.settings.metrics_port) == (5, 7)
     assert command.settings.routers == ("a:1", "b:2")
     assert command.ray_address == "head:6379"
+    assert isinstance(command.engine, EngineConfig)
     assert (command.engine.model, command.engine.dtype) == ("m", "float32")
     assert command.settings.worker_id.startswith("decode-")
     assert command.num_gpus == 0
+
+
+def test_a_simulated_worker_has_the_models_vocabulary_and_runs_where_it_is_told() -> None:
+    flags = ["--model", TALES, "--engine", "sim", "--kv-pool-tokens", "1024"]
+    flags += ["--ray-resource", "prefill", "--ray-node-ip", "127.0.0.2"]
+    command = parse(Role.PREFILL, flags, {})
+    assert isinstance(command.engine, SimConfig)
+    assert (command.engine.model, command.engine.num_blocks) == ("tales", 64)
+    assert (command.ray_resource, command.ray_node_ip) == ("prefill", "127.0.0.2")
 
 
 def test_a_gpu_worker_asks_ray_for_a_gpu() -> None:

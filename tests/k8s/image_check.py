@@ -137,6 +137,8 @@ def pod(
             f"ip -n {name} address add {address}/24 dev eth0",
             f"ip -n {name} link set eth0 up",
             f"ip -n {name} link set lo up",
+            # Ray takes for a node's address the one with which it would reach the world.
+            f"ip -n {name} route add default via {NETWORK}.1",
         ):
             run(*line.split())
         apart = (
