@@ -21,7 +21,7 @@ PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards node-modules checkov image-check clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--mi
 
 image-check: $(VENV)/.dev ## Build both images with buildah, as root, and run them as a cluster does; ARGS=... goes to buildah
 	@$(BIN)/python -m tests.k8s.image_check $(ARGS)
+
+monitoring-manifests: $(VENV)/.dev ## Write k8s/monitoring's manifests from its dashboards and rules
+	@$(BIN)/python -m tests.k8s.monitoring
 
 protos: $(VENV)/.dev ## Regenerate the stubs from protos/
 	@$(call generate,.)
