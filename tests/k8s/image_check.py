@@ -153,21 +153,11 @@ def pod(
             f"ip -n {name} route add default via {NETWORK}.1",
         ):
             run(*line.split())
-        apart = (
-            "ip",
-            "netns",
-            "exec",
-            name,
-            "unshare",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-        )
+        apart = f"ip netns exec {name} unshare --mount --pid --uts --fork --kill-child".split()
 
         def start() -> "subprocess.Popen[bytes]":
             return subprocess.Popen(
-                [*apart, "/bin/bash", "-euc", _ENTER, "enter", str(root), *command],
+                [*apart, "/bin/bash", "-euc", _ENTER, "enter", str(root), address, *command],
                 env={"PATH": "/opt/baton/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environ},
             )
 
@@ -181,9 +171,16 @@ def pod(
 
 
 _ENTER = f"""
-root=$1; shift
+root=$1 address=$2; shift 2
 mount --make-rprivate /
+hostname "pod-${{address##*.}}"
+# As a kubelet writes them; without a name server, so that no lookup waits for one.
+mount -t tmpfs tmpfs /mnt
+printf '127.0.0.1 localhost\\n%s %s\\n' "$address" "$(hostname)" > /mnt/hosts
+touch "$root/etc/hosts" "$root/etc/resolv.conf"
 mount --bind "$root" "$root"
+mount --bind /mnt/hosts "$root/etc/hosts"
+mount --bind /dev/null "$root/etc/resolv.conf"
 mount -o remount,bind,ro "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
