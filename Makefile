@@ -48,7 +48,7 @@ image-check: $(VENV)/.dev ## Build both images with buildah, as root, and run th
 	@$(BIN)/python -m tests.k8s.image_check $(ARGS)
 
 monitoring-manifests: $(VENV)/.dev ## Write k8s/monitoring's manifests from its dashboards and rules
-	@$(BIN)/python -m tests.k8s.monitoring
+	@$(BIN)/python -m tests.k8s.monitoring_manifests
 
 protos: $(VENV)/.dev ## Regenerate the stubs from protos/
 	@$(call generate,.)

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import ray.scripts.scripts
-from prometheus_client import CollectorRegistry
 
 from baton.engine.sim import SimConfig
 from baton.errors import BatonError
-from baton.service.metrics import RouterMetrics, WorkerMetrics
 from baton.service.settings import RouterSettings, ServerSettings, WorkerSettings
-from baton.types import Role, WorkerLoad
+from baton.types import Role
 from baton.worker.command import Command, parse
 from decode_worker.servicer import SERVICE as DECODE_SERVICE
 from prefill_worker.servicer import SERVICE as PREFILL_SERVICE
 from router.app import INFERENCE_SERVICE
-from router.sessions.metrics import SessionMetrics
+from tests.dashboards import exported
 from tests.k8s.manifests import Manifest, PodTemplate, environment, pod_templates
 
 STOP_S = 20
@@ -171,7 +169,7 @@ def stores_fit(objects: list[Manifest]) -> Iterator[str]:
 
 
 def queries_name_metrics(objects: list[Manifest]) -> Iterator[str]:
-    known = metric_names()
+    known = exported()
     for where, query in queries(objects):
         for name in re.findall(r"\bbaton_[a-z_]+", query):
             if name not in known:
@@ -189,25 +187,6 @@ def queries(objects: list[Manifest]) -> Iterator[tuple[str, str]]:
             for group in each["spec"]["groups"]:
                 for rule in group["rules"]:
                     yield f"{where}/{rule.get('alert') or rule['record']}", rule["expr"]
-
-
-def metric_names() -> set[str]:
-    """Every series that a router or a worker exports."""
-    router, worker = RouterMetrics(), WorkerMetrics(Role.DECODE)
-    SessionMetrics(router.registry)
-    worker.watch(lambda: WorkerLoad(free_blocks=1), lambda: 0.0)
-    return _series(router.registry) | _series(worker.registry)
-
-
-def _series(registry: CollectorRegistry) -> set[str]:
-    names = set()
-    for metric in registry.collect():
-        suffixes = {
-            "counter": ["_total"],
-            "histogram": ["_bucket", "_count", "_sum"],
-        }.get(metric.type, [""])
-        names |= {metric.name + suffix for suffix in suffixes}
-    return names
 
 
 def _port_of(address: str) -> int:

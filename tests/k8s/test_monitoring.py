@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from tests.k8s.manifests import documents, rendered
-from tests.k8s.monitoring import DIRECTORY, RULES, written
+from tests.k8s.monitoring_manifests import DIRECTORY, RULES, written
 
 
 def test_the_component_has_every_dashboard_and_rule_as_it_is() -> None:
