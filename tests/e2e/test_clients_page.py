@@ -1,4 +1,4 @@
-"""Every example of docs/clients.md does what the page says.
+"""Every example of README.md and docs/clients.md does what the page says.
 
 A fence tagged `run` (```python run, ```sh run) is an example; the fence tagged `output` that follows it is what it prints, where `…`
 stands for anything within a line. Addresses are those of `baton serve`'s defaults, and of workers as in `addresses`; the test puts the
@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from baton.types import Role
+from tests.faults.proxy import free_port
 from tests.served import Served, served
 
-PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "clients.md")
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
 BOUND_S = 45
@@ -28,7 +30,7 @@ BOUND_S = 45
 class Example:
     """Code, and what it prints."""
 
-    line: int
+    place: str
     language: str
     code: str
     output: str
@@ -36,16 +38,20 @@ class Example:
 
 def examples() -> list[Example]:
     """Fails where code of a language that could be run is no example, or an example has no output."""
-    page = PAGE.read_text()
+    return [example for page in PAGES for example in examples_of(page.name, page.read_text())]
+
+
+def examples_of(name: str, page: str) -> list[Example]:
+    """See `examples`."""
     found, fences = [], [*FENCE.finditer(page)]
     for fence, after in zip(fences, [*fences[1:], None], strict=True):
         language, *tags = fence["info"].split() or [""]
-        line = page.count("\n", 0, fence.start()) + 1
-        assert tags == ["run"] or language not in COMMANDS, f"line {line} is never run"
+        place = f"{name}:{page.count(chr(10), 0, fence.start()) + 1}"
+        assert tags == ["run"] or language not in COMMANDS, f"{place} is never run"
         if tags == ["run"]:
-            assert after is not None, f"line {line} has no output"
-            assert after["info"] == "text output", f"line {line} has no output"
-            found.append(Example(line, language, fence["text"], after["text"]))
+            assert after is not None, f"{place} has no output"
+            assert after["info"] == "text output", f"{place} has no output"
+            found.append(Example(place, language, fence["text"], after["text"]))
     return found
 
 
@@ -63,7 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def addresses(server: Served) -> dict[str, str]:
-    """By those on the page: the router's gRPC and HTTP ports, and a prefill and a decode worker's."""
+    """By those on the page: the router's gRPC and HTTP ports, a prefill and a decode worker's, and a free one."""
     http = re.search(r"http://(\S+)/v1", server.output())
     assert http is not None, server.output()
     ((prefill,), (decode,)) = (server.workers(role) for role in (Role.PREFILL, Role.DECODE))
@@ -72,12 +78,13 @@ def addresses(server: Served) -> dict[str, str]:
         "127.0.0.1:8000": http[1],
         "127.0.0.1:50061": prefill.address,
         "127.0.0.1:50062": decode.address,
+        "30000": str(free_port()),
     }
 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("example", examples(), ids=lambda each: f"line{each.line}")
+@pytest.mark.parametrize("example", examples(), ids=lambda each: each.place)
 def test_an_example_prints_what_the_page_says(
     server: Served, example: Example, tmp_path: Path
 ) -> None:
@@ -91,7 +98,7 @@ def test_an_example_prints_what_the_page_says(
         env=os.environ
         | {
             "PATH": f"{tools}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{PAGE.parents[1]}",
+            "PYTHONPATH": f"{ROOT}",
             "PYTHONWARNINGS": "error",
         },
         capture_output=True,
