@@ -137,7 +137,7 @@ $(VENV)/.worker: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.worker
 	@echo "== installing the development tools"
-	@$(PIP) install -q -e '.[worker,otel]' --group dev
+	@$(PIP) install -q -e '.[worker,otel,bench]' --group dev
 	@touch $@
 
 # It pins what others of the environment need in other versions.

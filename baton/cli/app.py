@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from baton import __version__
-from baton.cli import chat, demo, fleet, generate, keys, serve, top
+from baton.cli import bench, chat, demo, fleet, generate, keys, serve, top
 
 EPILOG = "Start with [bold]baton serve[/], then in another terminal [bold]baton chat[/]."
 
@@ -41,5 +41,6 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(demo.demo)
 app.command()(top.top)
+app.command()(bench.bench)
 app.add_typer(fleet.fleet, name="fleet")
 app.add_typer(keys.app, name="keys")

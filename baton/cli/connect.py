@@ -14,6 +14,12 @@ from baton.service.tls import channel_credentials
 
 def connected(address: str) -> Client:
     """A client with `BATON_API_KEY` and the `BATON_CLIENT_*` variables. Raises `InvalidRequestError` naming what is unusable."""
+    api_key, connection = client_settings()
+    return Client(address, api_key=api_key, connection=connection)
+
+
+def client_settings() -> tuple[str, ConnectionOptions]:
+    """`BATON_API_KEY`, and the `BATON_CLIENT_*` variables. Raises `InvalidRequestError` naming what is unusable."""
     settings = ClientSettings.from_env(os.environ)
     connection = ConnectionOptions(
         tls=settings.client_tls,
@@ -21,7 +27,7 @@ def connected(address: str) -> Client:
         tls_cert_file=settings.client_cert_file,
         tls_key_file=settings.client_key_file,
     )
-    return Client(address, api_key=settings.api_key, connection=connection)
+    return settings.api_key, connection
 
 
 def worker_channel(address: str) -> grpc.Channel:

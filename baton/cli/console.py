@@ -71,7 +71,7 @@ def _hint(error: BatonError, *, asking: bool) -> str:  # noqa: PLR0911 - one for
         case UnavailableError(message=message) if "cannot listen" in message:
             return "Another server has the port; --port 0 and --metrics-port 0 take free ones."
         case UnavailableError() if asking:
-            return "Is a server running there? Start one with `baton serve`, or name another with --address."
+            return "Is a server running there? Start one with `baton serve`, or name another."
         case UnauthenticatedError():
             return "Put the key into BATON_API_KEY."
         case CapacityError(retry_after_s=seconds):

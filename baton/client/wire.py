@@ -282,7 +282,7 @@ class Collector:
             completions=completions,
             seed=self._accepted.seed,
             usage=usage(message.usage),
-            timings=_timings(message.timings),
+            timings=timings(message.timings),
             attempts=tuple(_attempt(report) for report in message.attempts),
             session=SessionTurn(message.session.session_id, message.session.turn)
             if message.HasField("session")
@@ -299,7 +299,8 @@ def usage(message: pb.Usage) -> Usage:
     )
 
 
-def _timings(message: pb.Timings) -> Timings:
+def timings(message: pb.Timings) -> Timings:
+    """Of an answer."""
     # Zero on the wire is "did not happen".
     return Timings(
         admitted_at_s=message.admitted_at_seconds or None,

@@ -114,7 +114,20 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """For HTTPS clients, with the files as they are now; without a CA, the system's are trusted. Raises `InvalidRequestError`."""
+    context = _loaded(files)
+    if not files.ca:
+        context.load_default_certs()
+    return context
+
+
 def _load(files: TlsFiles) -> _Pem:
+    _loaded(files)
+    return _Pem(_read(files.cert), _read(files.key), _read(files.ca))
+
+
+def _loaded(files: TlsFiles) -> ssl.SSLContext:
     if bool(files.cert) != bool(files.key):
         raise _invalid(files.cert or files.key, "a certificate and its key go together")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -125,7 +138,7 @@ def _load(files: TlsFiles) -> _Pem:
         )
     if files.ca:
         _try(lambda: context.load_verify_locations(files.ca), files.ca)
-    return _Pem(_read(files.cert), _read(files.key), _read(files.ca))
+    return context
 
 
 def _read(path: str) -> bytes | None:
