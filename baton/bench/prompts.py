@@ -24,6 +24,7 @@ from baton.errors import FieldViolation, InvalidRequestError
 Pieces = npt.NDArray[np.int64]
 """What a vocabulary draws and writes: its own numbers of tokens or words."""
 _WORDS = 2048
+_ENOUGH_WORDS = 64
 _TRIES = 8
 
 
@@ -110,7 +111,7 @@ class TextVocabulary:
 
     def write(self, pieces: Pieces) -> str:
         words: list[str] = self._words[pieces].tolist()
-        # The first word of a text may be more tokens than it is after a blank.
+        # Words may make other tokens together, and the first of a text may be more of them than it is after a blank.
         for _ in range(_TRIES):
             excess = self.count(" ".join(words)) - len(pieces)
             if not excess:
@@ -124,24 +125,27 @@ class TextVocabulary:
 
 
 def _single_token_words(tokenizer: TextTokenizer) -> list[str]:
-    words: list[str] = []
+    """At the beginning of a text too, where the tokenizer has enough of those."""
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, begins=False))
+
+    after_a_blank: list[str] = []
+    anywhere: list[str] = []
     seen: set[str] = set()
     for token_id in np.random.default_rng(0).permutation(tokenizer.vocab_size).tolist():
-        if len(words) == _WORDS:
+        if len(anywhere) == _WORDS:
             break
-        if not tokenizer.has_text(token_id):
-            continue
-        word = tokenizer.decode([token_id]).strip()
+        word = tokenizer.decode([token_id]).strip() if tokenizer.has_text(token_id) else ""
         if word in seen or not (word.isascii() and word.isalpha()):
             continue
         seen.add(word)
-        once, twice = f"{word} {word}", f"{word} {word} {word}"
-        if (
-            len(tokenizer.encode(twice, begins=False)) - len(tokenizer.encode(once, begins=False))
-            == 1
-        ):
-            words.append(word)
-    return words
+        twice = count(f"{word} {word}")
+        if count(f"{word} {word} {word}") == twice + 1:
+            after_a_blank.append(word)
+            if twice == 2:
+                anywhere.append(word)
+    return anywhere if len(anywhere) >= _ENOUGH_WORDS else after_a_blank
 
 
 Form = Callable[[Prompt], Prompt]
