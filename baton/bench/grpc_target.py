@@ -1,5 +1,6 @@
 """Baton's own API over gRPC. Calls are made on bare stubs with the client's messages: the client's recovery would hide what is measured."""
 
+import asyncio
 import time
 from itertools import count
 from types import TracebackType
@@ -22,6 +23,7 @@ from baton.client.wire import (
     timings,
 )
 from baton.codec import finish_reason_from_proto
+from baton.errors import UnavailableError
 from baton.service.status import error_from_rpc, said_by_peer
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
@@ -70,8 +72,13 @@ class GrpcTarget:
         self._channels = [self._open(target) for target in self._targets]
         stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._calls: list[Any] = [stub.Generate for stub in stubs]
-        for channel in self._channels:
-            await channel.channel_ready()
+        try:
+            async with asyncio.timeout(DESCRIBE_S):
+                for channel in self._channels:
+                    await channel.channel_ready()
+        except TimeoutError:
+            await self._close()
+            raise UnavailableError(f"no connection to {self._address}") from None
         return self
 
     async def __aexit__(
@@ -80,6 +87,9 @@ class GrpcTarget:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
         for channel in self._channels:
             await channel.close(None)
 

@@ -106,6 +106,7 @@ async def house(
     *,
     settings: RouterSettings = SETTINGS,
     workers: WorkerSettings = WORKERS,
+    sim: SimConfig = SIM,
     connect: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     tokenizer: Tokenizer | None = None,
     sim: SimConfig = SIM,
