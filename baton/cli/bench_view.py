@@ -16,7 +16,7 @@ from baton.bench.levels import Measured
 from baton.bench.runner import Phase
 
 BAR_PERIOD_S = 0.5
-LINE_PERIOD_S = 5.0
+FIRST_LINE_S, LINE_PERIOD_S = 1.0, 5.0
 BUSY_SHARE = 0.8
 """Of a core; a load generator that uses more adds waits of its own."""
 LATE_S = 0.01
@@ -62,7 +62,8 @@ class ProgressView:
                 f"{escape(what)}: {passed_s:.0f} s, {phase.ended}{of} ended, "
                 f"{phase.running} running, {phase.failed} failed"
             )
-        period_s = BAR_PERIOD_S if self._console.is_terminal else LINE_PERIOD_S
+        period_s = LINE_PERIOD_S if passed_s else FIRST_LINE_S
+        period_s = BAR_PERIOD_S if self._console.is_terminal else period_s
         self._timer = loop.call_later(period_s, self._tick, loop, what, phase, total)
 
     def _show(self, what: str, told: str, done: float, total: float | None) -> None:

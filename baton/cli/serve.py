@@ -52,6 +52,14 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = EngineKind.TORCH,
+    step_ms: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="With --engine sim: milliseconds that each step takes.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 0.0,
     prefill: Annotated[
         int,
         typer.Option(
@@ -204,6 +212,10 @@ def serve(
       baton serve --engine sim --prefill 8 --decode 8 --transport memory
     """
     with reported(asking=False):
+        if step_ms and engine is not EngineKind.SIM:
+            raise InvalidRequestError(
+                FieldViolation("--step-ms", "has no meaning without --engine sim")
+            )
         if not kv_cache and prefill > 0:
             raise InvalidRequestError(
                 FieldViolation("--no-kv-cache", "has nothing to hand over: add --prefill 0")
@@ -226,7 +238,9 @@ def serve(
             kv_cache=kv_cache,
         )
         config = ServeConfig(
-            engine=simulated(chosen) if engine is EngineKind.SIM else chosen,
+            engine=simulated(chosen, step_s=step_ms / 1000)
+            if engine is EngineKind.SIM
+            else chosen,
             tokenizer=source,
             prefill=prefill,
             decode=decode,

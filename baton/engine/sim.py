@@ -58,7 +58,7 @@ class SimConfig:
     """Of the checkpoint that it stands for, whose tokenizer is used; empty: none."""
 
 
-def simulated(chosen: EngineConfig) -> SimConfig:
+def simulated(chosen: EngineConfig, *, step_s: float = 0.0) -> SimConfig:
     """A simulated engine in the chosen one's place, with the vocabulary and context of its checkpoint, whose tokenizer is served. Reads
     the checkpoint's description; raises `ModelLoadError`.
     """
@@ -75,6 +75,7 @@ def simulated(chosen: EngineConfig) -> SimConfig:
         max_batch_tokens=chosen.max_batch_tokens,
         max_running=chosen.max_running,
         prefix_cache=chosen.prefix_cache,
+        step_s=step_s,
     )
 
 
