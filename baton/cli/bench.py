@@ -18,7 +18,9 @@ SERVER, LOAD, REQUESTS, OUTPUT = "Server", "Load", "Requests", "Output"
 
 
 def bench(
-    goodput_too: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    goodput_too: Annotated[
+        list[str] | None, typer.Argument(hidden=True, metavar="[tpot:MS]...")
+    ] = None,
     *,
     address: Address = "127.0.0.1:50051",
     url: Annotated[
@@ -201,7 +203,13 @@ def bench(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", show_default="the server's", rich_help_panel=REQUESTS),
+        typer.Option(
+            "--temperature",
+            "-t",
+            help="0 is greedy.",
+            show_default="the server's",
+            rich_help_panel=REQUESTS,
+        ),
     ] = None,
     goodput: Annotated[
         list[str] | None,

@@ -106,7 +106,6 @@ async def house(
     *,
     settings: RouterSettings = SETTINGS,
     workers: WorkerSettings = WORKERS,
-    sim: SimConfig = SIM,
     connect: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     tokenizer: Tokenizer | None = None,
     sim: SimConfig = SIM,

@@ -1,14 +1,22 @@
-"""What `baton bench` makes of its options, before it connects."""
+"""What `baton bench` makes of its options, before it connects, and how it shows that it runs."""
 
+import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from baton.bench.arrivals import ArrivalPattern
 from baton.bench.levels import Level, Plan
+from baton.bench.openai_target import OpenAiTarget
 from baton.bench.prompts import PromptKind
-from baton.bench.target import Described
+from baton.bench.runner import Limits, Phase
+from baton.bench.target import Described, Options
+from baton.cli.app import app
 from baton.cli.bench_options import BenchOptions, load_trace, plan_of, prompt_kind, requests_of
+from baton.cli.bench_view import ProgressView
 from baton.errors import InvalidRequestError
 
 TRACE = Path("trace.jsonl")
@@ -108,3 +116,34 @@ def test_a_trace_is_scaled_then_cut(tmp_path: Path) -> None:
     requests, warm_up = requests_of(options, trace, GRPC, None)
     assert [each.input_tokens for each in requests] == [100, 100]
     assert next(warm_up).input_tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("args", "module"),
+    [(["--url", "http://127.0.0.1:1"], "aiohttp"), (["--plots", "x"], "matplotlib")],
+)
+def test_what_the_extra_brings_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, args: list[str], module: str
+) -> None:
+    monkeypatch.setattr("baton.cli.bench_run.find_spec", lambda _: None)
+    done = CliRunner().invoke(app, ["bench", "-a", "127.0.0.1:1", *args])
+    assert done.exit_code == 2
+    assert f"{args[0]}: needs {module}: pip install 'baton[bench]'" in done.output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(*, terminal: bool) -> None:
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=100)
+    view = ProgressView(console, 5.0)
+    phase = Phase(OpenAiTarget("http://x", Options()), Limits(concurrency=1))
+    view.preparing("4 at once", 32, 64)
+    view.began("4 at once", phase, 64)
+    view.ended()
+    phase.began_s, phase.ended, phase.running, phase.failed = time.perf_counter() - 3, 7, 2, 1
+    view.began("4 at once", phase, 64)
+    view.ended()
+    view.began("4 at once", phase, None)
+    view.ended()
+    assert "7 ended" in shown.getvalue() or "7 of 64 ended, 2 running, 1 failed" in shown.getvalue()
+    assert ("preparing requests" in shown.getvalue()) == terminal
