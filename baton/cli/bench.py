@@ -18,9 +18,7 @@ SERVER, LOAD, REQUESTS, OUTPUT = "Server", "Load", "Requests", "Output"
 
 
 def bench(
-    goodput_too: Annotated[
-        list[str] | None, typer.Argument(hidden=True, metavar="[tpot:MS]...")
-    ] = None,
+    goodput_too: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="tpot:MS")] = None,
     *,
     address: Address = "127.0.0.1:50051",
     url: Annotated[
@@ -181,7 +179,7 @@ def bench(
         PromptKind | None,
         typer.Option(
             help="How prompts travel.",
-            show_default="chat over HTTP; over gRPC tokens, or text with --tokenizer or --prompts",
+            show_default="chat over HTTP; over gRPC tokens, or text where a tokenizer or a file is named",
             rich_help_panel=REQUESTS,
         ),
     ] = None,
