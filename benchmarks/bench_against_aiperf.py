@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def run_baton(args: argparse.Namespace, url: str, load: str, level: float) -> di
 
 
 def compared(
-    rounds: dict[str, Sequence[dict[str, float]]],
+    rounds: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> dict[str, dict[str, float]]:
     """Medians of both, and how far Baton's is from AIPerf's."""
     table = {}
