@@ -66,12 +66,17 @@ def endpoint(args: argparse.Namespace) -> Iterator[str]:
         _, port = free.getsockname()
     address = f"127.0.0.1:{port}"
     flags = ["--engine", "sim", "--step-ms", str(args.step_ms), "--transport", "memory"]
-    flags += ["--max-batch-tokens", str(args.chunk_tokens)]
+    flags += ["--max-batch-tokens", str(args.chunk_tokens), "--no-prefix-cache"]
     with serving(*flags, "--http", address):
         yield f"http://{address}"
 
 
-def run_aiperf(args: argparse.Namespace, url: str, load: str, level: float) -> dict[str, float]:
+def level_of(args: argparse.Namespace, load: str) -> str:
+    """As both commands take it."""
+    return f"{args.concurrency if load == 'closed' else args.rate:g}"
+
+
+def run_aiperf(args: argparse.Namespace, url: str, load: str, seed: int) -> dict[str, float]:
     """Its figures, latencies in milliseconds."""
     with tempfile.TemporaryDirectory() as directory:
         command = [
@@ -81,8 +86,8 @@ def run_aiperf(args: argparse.Namespace, url: str, load: str, level: float) -> d
             *("--endpoint-type", "chat", "--streaming", "--use-server-token-count"),
             *("--isl", str(args.isl), "--osl", str(args.osl)),
             *("--extra-inputs", "ignore_eos:true"),
-            *(*LOADS[load]["aiperf"], f"{level:g}", "--request-count", str(args.requests)),
-            *("--warmup-request-count", str(args.warm_up), "--random-seed", str(args.seed)),
+            *(*LOADS[load]["aiperf"], level_of(args, load), "--request-count", str(args.requests)),
+            *("--warmup-request-count", str(args.warm_up), "--random-seed", str(seed)),
             *("--output-artifact-dir", directory, "--ui", "none"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -99,13 +104,13 @@ def run_aiperf(args: argparse.Namespace, url: str, load: str, level: float) -> d
     return figures | {name: exported[theirs]["avg"] for name, theirs in LENGTHS.items()}
 
 
-def run_baton(args: argparse.Namespace, url: str, load: str, level: float) -> dict[str, float]:
+def run_baton(args: argparse.Namespace, url: str, load: str, seed: int) -> dict[str, float]:
     """Its figures, latencies in milliseconds."""
     command = [
         *(sys.executable, "-m", "baton", "bench", "--url", url, "--model", args.model),
         *("--tokenizer", args.tokenizer, "--isl", str(args.isl), "--osl", str(args.osl)),
-        *(*LOADS[load]["baton"], f"{level:g}", "--requests", str(args.requests)),
-        *("--warmup", str(args.warm_up), "--seed", str(args.seed), "--json", "-"),
+        *(*LOADS[load]["baton"], level_of(args, load), "--requests", str(args.requests)),
+        *("--warmup", str(args.warm_up), "--seed", str(seed), "--json", "-"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)["levels"][0]["figures"]
@@ -146,27 +151,25 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=128, help="of prefill, in a step")
     parser.add_argument("--isl", type=int, default=1500)
     parser.add_argument("--osl", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=25)
+    parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1.7)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/bench_against_aiperf.json")
     )
     args = parser.parse_args()
     args.aiperf = args.aiperf or installed_aiperf(args.environment)
-    levels = {"closed": args.concurrency, "fixed rate": args.rate}
     tools = {"aiperf": run_aiperf, "baton": run_baton}
     raw: dict[str, dict[str, list[dict[str, float]]]] = {
-        load: {tool: [] for tool in tools} for load in levels
+        load: {tool: [] for tool in tools} for load in LOADS
     }
     with endpoint(args) as url:
         for number in range(args.rounds):
-            for load, level in levels.items():
+            for load in LOADS:
                 for tool in sorted(tools, reverse=bool(number % 2)):
-                    raw[load][tool].append(tools[tool](args, url, load, level))
+                    raw[load][tool].append(tools[tool](args, url, load, number))
                     print(f"round {number + 1}: {load}, {tool}")
     summary = {load: compared(rounds) for load, rounds in raw.items()}
     for load, table in summary.items():
