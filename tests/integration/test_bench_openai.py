@@ -22,7 +22,9 @@ from baton.errors import (
     UnavailableError,
 )
 from tests.certificates import Authority
+from tests.integration.http_house import http_house
 from tests.integration.openai_fake import GAP_S, TOKENS, Foreign, foreign_server
+from tests.integration.sim_house import LENGTH
 
 CHAT = [ChatMessage("user", "Hello.")]
 
@@ -165,3 +167,16 @@ async def test_https_checks_the_server_and_shows_the_clients_certificate(tmp_pat
             await OpenAiTarget(url, Options(), connection=nameless).__aenter__()
     with pytest.raises(InvalidRequestError, match=r"none\.pem"):
         OpenAiTarget(url, Options(), connection=ConnectionOptions(tls_ca_file="none.pem"))
+
+
+@pytest.mark.parametrize("prompt", [CHAT, "Hello.", [65, 66, 67]], ids=["chat", "text", "tokens"])
+async def test_the_routers_own_http_port_is_measured_too(prompt: Prompt) -> None:
+    async with (
+        http_house() as here,
+        OpenAiTarget(here.base_url, Options(timeout_s=20)) as target,
+    ):
+        asked = [Planned(prompt=prompt, input_tokens=None, output_tokens=LENGTH)] * 6
+        phase = Phase(target, Limits(concurrency=3))
+        await phase.closed_loop([(each, target.prepare(each)) for each in asked], asyncio.Event())
+    assert [(r.status, r.output_tokens) for r in phase.records] == [(OK, LENGTH)] * 6
+    assert all(r.prompt_tokens and r.chunk_s and r.finish_reason == "length" for r in phase.records)
