@@ -2,8 +2,8 @@
 
 The load is chats of fixed lengths, streamed, with `ignore_eos`, closed-loop and at a fixed rate. The server is `baton serve` with a
 simulated engine whose steps take time rather than cores, and with loads under which no request waits for another: where they queue, a
-generator that comes a millisecond later changes who waits for whom. `--url` names another server. Figures are the medians of the rounds;
-means, medians and throughput must agree within 5 %, and p90 is told beside them. The server has one half of the cores, the generators the other.
+generator that comes a millisecond later changes who waits for whom. It has one half of the cores, the generators the other. `--url` names
+another server. Figures are the medians of the rounds; means, medians and throughput must agree within 5 %, and p90 is told beside them.
 
     python -m benchmarks.bench_against_aiperf --aiperf ~/aiperf/bin/aiperf
 
@@ -191,7 +191,11 @@ def main() -> None:
     print(f"\nthe largest difference of means, medians and throughput is {worst:.1%}")
     write_report(
         args.out,
-        settings={k: str(v) for k, v in vars(args).items() if k not in ("out", "aiperf")},
+        settings={
+            k: Path(v).name if k == "tokenizer" else str(v)
+            for k, v in vars(args).items()
+            if k not in ("out", "aiperf", "environment")
+        },
         raw=raw,
         summary=summary | {"largest_difference": worst},
     )
