@@ -238,9 +238,7 @@ def serve(
             kv_cache=kv_cache,
         )
         config = ServeConfig(
-            engine=simulated(chosen, step_s=step_ms / 1000)
-            if engine is EngineKind.SIM
-            else chosen,
+            engine=simulated(chosen, step_s=step_ms / 1000) if engine is EngineKind.SIM else chosen,
             tokenizer=source,
             prefill=prefill,
             decode=decode,

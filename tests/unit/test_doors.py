@@ -13,7 +13,7 @@ from baton import __version__
 from baton.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("serve", "generate", "chat", "demo", "fleet", "bench")
+COMMANDS = ("serve", "generate", "chat", "demo", "fleet", "bench", "top")
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 
 
