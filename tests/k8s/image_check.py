@@ -9,6 +9,7 @@ root file system that cannot be written, and an address on a bridge.
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,15 +114,22 @@ class Pod:
 
     def stop(self) -> None:
         """As a kubelet does: SIGTERM to the first process. It ends with 0."""
-        first = run("pgrep", "--parent", str(self._process.pid)).splitlines()[0]
-        run("kill", "-TERM", first)
+        self._signal(signal.SIGTERM)
         code = self._process.wait(STOPPED_S)
         assert code == 0, f"{self.name} ended with {code}"
         say(f"{self.name}: SIGTERM ended it with 0")
 
     def kill(self) -> None:
-        self._process.kill()
+        """Idempotent. The first process takes everything of its namespace with it."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGKILL)
         self._process.wait(10)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # `unshare` is the child that was started; the container's first process is its only one.
+        pid = self._process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), number)
 
 
 @contextmanager
@@ -153,7 +161,7 @@ def pod(
             f"ip -n {name} route add default via {NETWORK}.1",
         ):
             run(*line.split())
-        apart = f"ip netns exec {name} unshare --mount --pid --uts --fork --kill-child".split()
+        apart = f"ip netns exec {name} unshare --mount --pid --uts --fork".split()
 
         def start() -> "subprocess.Popen[bytes]":
             return subprocess.Popen(
