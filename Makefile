@@ -104,8 +104,9 @@ pytest: $(VENV)/.dev system-packages node-modules checkov
 SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium kubectl:kubectl
 system-packages:
 	@missing=; for entry in $(SYSTEM); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
-	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; \
-		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; } >/dev/null || true; fi
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; apt-get update >/dev/null || true; \
+		for package in $$missing; do \
+			DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$$package" >/dev/null || true; done; fi
 
 # Validators of operators' kinds, and Grafana's types.
 node-modules: tests/node/node_modules/.package-lock.json monitoring/schema/node_modules/.package-lock.json
