@@ -25,11 +25,12 @@ from baton.service.tracing import NoTracing, Tracing, open_tracing
 from baton.v1 import fleet_pb2_grpc, inference_pb2_grpc, session_pb2_grpc
 from router.admission import Admission
 from router.autoscaler import Autoscaler
-from router.fleet import Fleet, FleetServicer
+from router.fleet import Fleet
 from router.http.front import HttpFront
 from router.http.health import health_routes
 from router.http.openai.routes import openai_routes
 from router.inference import Inference
+from router.joining import FleetServicer
 from router.kserve.servicer import OpenInferenceServicer
 from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
 from router.model import ServedModel
