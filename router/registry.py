@@ -70,7 +70,9 @@ class Registry:
     """See the module docstring. A session is one Join call of a worker; what an older one still sends is ignored."""
 
     def __init__(self, *, suspicion_s: float = 5.0, silence_s: float = math.inf) -> None:
-        """`suspicion_s`: longest time that a failed worker is avoided; `silence_s`: one that was not heard for so long is avoided too."""
+        """`suspicion_s`: longest time that a failed worker is avoided. `silence_s`: one that was not heard for so long before the last word
+        of any is avoided too; where all are silent, it is this process that did not listen.
+        """
         self._suspicion_s = suspicion_s
         self._silence_s = silence_s
         self._sent_prefill_tokens = 0
@@ -243,7 +245,7 @@ class Registry:
             if worker.failed_at_s is None or now_s - worker.failed_at_s >= self._suspicion_s:
                 self._trust(worker)
         for worker_id in self._heard:
-            if now_s - self._workers[worker_id].heard_at_s < self._silence_s:
+            if not self._is_silent(self._workers[worker_id]):
                 break
             if worker_id not in self._silent:
                 self._silent.add(worker_id)
@@ -285,9 +287,13 @@ class Registry:
         worker = self._workers.get(worker_id)
         return worker if worker is not None and worker.session == session else None
 
+    def _is_silent(self, worker: _Worker) -> bool:
+        latest = self._workers[next(reversed(self._heard))]
+        return latest.heard_at_s - worker.heard_at_s >= self._silence_s
+
     def _avoided(self, worker: _Worker, now_s: float) -> bool:
         failed_at_s = worker.failed_at_s
-        return now_s - worker.heard_at_s >= self._silence_s or (
+        return self._is_silent(worker) or (
             failed_at_s is not None and now_s - failed_at_s < self._suspicion_s
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from baton.client import Client, SamplingOptions
+from baton.client import Client, ConnectionOptions, SamplingOptions
 from baton.errors import BatonError
 from baton.types import Role
 from tests.served import Serve, Served, baton, until
@@ -74,7 +74,7 @@ def test_a_second_signal_stops_at_once(serve: Serve) -> None:
     def read() -> None:
         options = SamplingOptions(max_tokens=2000, ignore_eos=True)
         try:
-            with Client(served.address) as client:
+            with Client(served.address, connection=ConnectionOptions(reconnect_s=1.0)) as client:
                 while True:
                     with client.generate([5], sampling=options) as stream:
                         for _ in stream:

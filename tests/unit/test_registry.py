@@ -353,10 +353,21 @@ TestRegistryMachine.settings = hypothesis_settings(max_examples=40, stateful_ste
 def test_a_silent_worker_is_avoided_until_it_is_heard() -> None:
     registry = Registry(silence_s=1.0)
     session = registry.join(info("d"), 0.0)
-    assert not only_decode(registry, 0.9).suspect
-    assert only_decode(registry, 1.0).suspect
+    other = registry.join(info("p", Role.PREFILL), 0.0)
+    for now_s, silent in ((0.9, False), (1.0, True)):
+        registry.heartbeat(WorkerId("p"), other, WorkerLoad(), NOTHING, draining=False, now_s=now_s)
+        assert only_decode(registry, now_s).suspect == silent
+        registry.check_integrity()
     registry.heartbeat(WorkerId("d"), session, WorkerLoad(), NOTHING, draining=False, now_s=5.0)
     assert not only_decode(registry, 5.9).suspect
+
+
+def test_a_router_that_did_not_listen_takes_nobody_for_silent() -> None:
+    registry = Registry(silence_s=1.0)
+    registry.join(info("d"), 0.0)
+    registry.join(info("p", Role.PREFILL), 0.5)
+    view = registry.view({}, 60.0)
+    assert not any(worker.suspect for worker in (*view.prefill, *view.decode))
 
 
 def test_a_change_of_role_keeps_load_cache_and_claims() -> None:
