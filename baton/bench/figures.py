@@ -177,7 +177,7 @@ def figures_of(records: Sequence[Record], slos: Sequence[Slo] = ()) -> Figures:
     """All that is told of a level. Requests that were answered without a token count, and have no latencies."""
     answered = [record for record in records if record.status == OK]
     errors = Counter(r.status for r in records if r.status not in (OK, UNFINISHED))
-    sent = [record for record in records if record.sent_s]
+    sent = [record for record in records if record.was_sent]
     began_s = min((record.sent_s for record in answered), default=0.0)
     last_s = max((r.chunk_s[-1] if r.chunk_s else r.ended_s for r in answered), default=began_s)
     duration_s = last_s - began_s

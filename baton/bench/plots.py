@@ -47,7 +47,7 @@ def draw(levels: Sequence[Measured], directory: Path, title: str) -> list[Path]:
     if len(answered) > 1:
         save(_sweep(answered, title), "sweep.png")
     for number, level in enumerate(levels, 1):
-        if any(record.sent_s for record in level.records):
+        if any(record.was_sent for record in level.records):
             save(_requests(level, title), f"requests-{number}.png")
     return written
 
@@ -108,7 +108,7 @@ def _sweep(levels: Sequence[Measured], title: str) -> Figure:
 
 
 def _requests(level: Measured, title: str) -> Figure:
-    records = [record for record in level.records if record.sent_s][:GANTT_REQUESTS]
+    records = [record for record in level.records if record.was_sent][:GANTT_REQUESTS]
     figure = Figure(figsize=(11, 1.6 + 0.13 * len(records)), layout="constrained")
     axis = figure.subplots()
     used: set[str] = set()

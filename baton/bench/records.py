@@ -20,7 +20,8 @@ class Record:
     scheduled_s: float
     """When it was due. Closed-loop, when a place was free."""
     sent_s: float = 0.0
-    """When the call began; 0 for one that was never sent."""
+    """When the call began."""
+    was_sent: bool = False
     chunk_s: list[float] = field(default_factory=list)
     """When each part of the answer arrived that held any of it."""
     chunk_tokens: list[int] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Record:
 
     def begin(self) -> None:
         """The call begins now."""
-        self.sent_s = time.perf_counter()
+        self.sent_s, self.was_sent = time.perf_counter(), True
 
     def arrived(self, at_s: float, tokens: int | None = None) -> None:
         """A part of the answer is here."""

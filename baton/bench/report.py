@@ -81,11 +81,12 @@ def _level(measured: Measured, slos: tuple[Slo, ...]) -> dict[str, Any]:
 
 
 def _record(record: Record, began_s: float) -> dict[str, Any]:
-    def since(at_s: float) -> float | None:
-        return round(at_s - began_s, _DIGITS) if at_s else None
+    def since(at_s: float) -> float:
+        return round(at_s - began_s, _DIGITS)
 
     written = asdict(record)
-    written |= {name: since(written[name]) for name in ("scheduled_s", "sent_s", "ended_s")}
+    told = {"scheduled_s", *(("sent_s", "ended_s") if record.was_sent else ())}
+    written |= {name: since(written[name]) for name in told}
     written["chunk_s"] = [since(at_s) for at_s in record.chunk_s]
     return written
 

@@ -108,6 +108,7 @@ async def test_a_failed_attempt_stays_in_the_timeline_with_its_reason() -> None:
 
     async def dies(stage: str) -> None:
         if stage == "token:3" and not died.is_set():
+            await seen_when(here, lambda r: r.completion_tokens > 1)
             died.set()
             await first.die()
 

@@ -28,6 +28,7 @@ def record(
         index=index,
         scheduled_s=due_s,
         sent_s=sent_s,
+        was_sent=True,
         chunk_s=chunks,
         chunk_tokens=[1] * len(chunks),
         ended_s=chunks[-1] + 0.001,
