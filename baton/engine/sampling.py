@@ -11,11 +11,11 @@ Who is kept among equals, so that a tie depends on neither batch nor device:
     min-p        by value alone; the most likely always
     logprobs     most likely first, then lowest ids
 
-Called from the engine thread. Each row is computed from itself alone, in float64 where more than an argmax is asked of it. A row
-whose logits are NaN or +inf anywhere, or all -inf, raises `InternalError` for the whole call; the engine then runs the rows one
-by one, so that only the broken one fails.
+Called from the engine thread. Each row is computed from itself alone, in float64 where more than an argmax is asked of it: on a
+CPU row after row (`baton.engine.rows`), elsewhere all rows of a stage together. A row whose logits are NaN or +inf anywhere, or all
+-inf, raises `InternalError` for the whole call; the engine then runs the rows one by one, so that only the broken one fails.
 
-Shapes: B rows of the batch, V tokens of the vocabulary, R rows that a stage concerns, C candidates, E (row, token) entries.
+Shapes: B rows of the batch, V tokens of the vocabulary, R rows that a stage concerns, E (row, token) entries.
 Parameters cross to the device per stage; results cross back once.
 """
 
@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from baton.engine import rows as one_row
 from baton.engine.batch import Sampled, SampleInput
 from baton.engine.noise import uniform
 from baton.errors import InternalError
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 
 _LARGEST = torch.finfo(torch.float64).max
-_CANDIDATES = 1024
 
 
 def sample(
@@ -46,9 +46,58 @@ def sample(
     assert logits.shape[0] == len(inputs)
     if not inputs:
         return []
+    alternatives = min(max(row.params.logprobs or 0 for row in inputs), logits.shape[1])
+    complete = _row_after_row if logits.device.type == "cpu" else _together
+    table = complete(logits, inputs, eos_token_ids, alternatives)
+    broken = [i for i, entry in enumerate(table) if not math.isfinite(entry[0])]
+    if broken:
+        raise InternalError(f"no token can be chosen from the logits of batch rows {broken}")
+    return [
+        Sampled(int(entry[1]), _position(row, entry[1:], alternatives))
+        for row, entry in zip(inputs, table, strict=True)
+    ]
+
+
+def _row_after_row(
+    logits: Tensor,
+    inputs: Sequence[SampleInput],
+    eos_token_ids: tuple[int, ...],
+    alternatives: int,
+) -> list[list[float]]:
+    """Of each row: a number that is finite where a token could be chosen, the token, and its log-probabilities where any row asks
+    for them.
+    """
     # A NaN is the maximum of its row; the first of equals wins.
     peak, chosen = logits.max(dim=-1)  # [B], [B]
-    health = peak.double()  # finite where a token could be chosen
+    table = []
+    for i, (row, health, token) in enumerate(
+        zip(inputs, peak.tolist(), chosen.tolist(), strict=True)
+    ):
+        entry: list[float] = [health, token]
+        if math.isfinite(health) and not _is_plain(row, eos_token_ids):
+            scores = logits[i : i + 1].double()
+            _adjust(scores, [row], eos_token_ids)
+            best, likeliest = scores[0].max(dim=0)
+            entry = [float(best), int(likeliest)]
+            if row.params.temperature > 0 and math.isfinite(entry[0]):
+                noise = uniform(row.params.seed, row.params.choice, len(row.output))
+                entry[1] = one_row.draw((scores[0] - best).numpy(), row.params, noise)
+        if math.isfinite(entry[0]) and row.params.logprobs is not None:
+            own, top, others = one_row.logprobs(logits[i].numpy(), int(entry[1]), alternatives)
+            entry += [own, *top.tolist(), *others]
+        table.append(entry)
+    return table
+
+
+def _together(
+    logits: Tensor,
+    inputs: Sequence[SampleInput],
+    eos_token_ids: tuple[int, ...],
+    alternatives: int,
+) -> list[list[float]]:
+    """As `_row_after_row`."""
+    peak, chosen = logits.max(dim=-1)  # [B], [B]
+    health = peak.double()
     shaped = [i for i, row in enumerate(inputs) if not _is_plain(row, eos_token_ids)]
     if shaped:
         rows = torch.tensor(shaped, device=logits.device)
@@ -59,7 +108,6 @@ def sample(
         health[rows] = torch.where(best.isfinite(), health[rows], best)
         chosen[rows] = tokens
     columns = [health[:, None], chosen.double()[:, None]]  # ids are exact in float64
-    alternatives = min(max(row.params.logprobs or 0 for row in inputs), logits.shape[1])
     asked = [i for i, row in enumerate(inputs) if row.params.logprobs is not None]
     if asked:
         rows = torch.tensor(asked, device=logits.device)
@@ -67,13 +115,7 @@ def sample(
         columns.append(reported.new_zeros(len(inputs), reported.shape[1]))
         columns[-1][rows] = reported
     table: list[list[float]] = torch.cat(columns, dim=1).tolist()
-    broken = [i for i, entry in enumerate(table) if not math.isfinite(entry[0])]
-    if broken:
-        raise InternalError(f"no token can be chosen from the logits of batch rows {broken}")
-    return [
-        Sampled(int(entry[1]), _position(row, entry[1:], alternatives))
-        for row, entry in zip(inputs, table, strict=True)
-    ]
+    return table
 
 
 def _is_plain(row: SampleInput, eos_token_ids: tuple[int, ...]) -> bool:
@@ -189,7 +231,7 @@ def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
 def _keep_top_p(scores: Tensor, top_p: list[float]) -> Tensor:
     # scores: [R, V] float64
     limit = _column(top_p, scores) * scores.exp().cumsum(dim=-1)[:, -1:]  # [R, 1]
-    best = _best_reaching(scores, limit)  # [R, C]
+    best = scores.sort(dim=-1, descending=True).values  # [R, V]
     before = F.pad(best.exp().cumsum(dim=-1)[:, :-1], (1, 0))
     count = (before < limit).sum(dim=-1, keepdim=True).clamp(min=1)  # [R, 1]
     last = best.gather(1, count - 1)  # [R, 1]
@@ -197,16 +239,6 @@ def _keep_top_p(scores: Tensor, top_p: list[float]) -> Tensor:
     room = count - above.sum(dim=-1, keepdim=True)
     kept = above | (equal & (equal.cumsum(dim=-1) <= room))
     return scores.masked_fill(~kept, -math.inf)
-
-
-def _best_reaching(scores: Tensor, limit: Tensor) -> Tensor:
-    """The best scores, descending, whose weights reach the limit, or all of them."""
-    # scores: [R, V] float64, limit [R, 1]; on a CPU, a few candidates are found much faster than all are sorted
-    if scores.device.type == "cpu" and scores.shape[1] > _CANDIDATES:
-        best = scores.topk(_CANDIDATES).values
-        if bool((best.exp().cumsum(dim=-1)[:, -1:] >= limit).all()):
-            return best
-    return scores.sort(dim=-1, descending=True).values
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from transformers import (
 
 from baton.engine.batch import Sampled, SampleInput
 from baton.engine.noise import uniform
-from baton.engine.sampling import _adjust, _weights, sample
+from baton.engine.rows import kept
+from baton.engine.sampling import _adjust, _row_after_row, _together, _weights, sample
 from baton.errors import InternalError
 from baton.types import SamplingParams, TokenLogprob
 
@@ -136,8 +137,20 @@ def test_every_mix_of_warpers_gives_the_probabilities_of_transformers() -> None:
     weights = _weights(shifted, _WARPED)
     for row, params, found in zip(logits, _WARPED, weights, strict=True):
         expected = _by_transformers(row[None], params)[0]
-        assert torch.equal(found > 0, expected > 0)
-        torch.testing.assert_close(found / found.sum(), expected, rtol=1e-12, atol=0)
+        for weights_of_row in (found, _weights_alone(row - row.amax(), params)):
+            assert torch.equal(weights_of_row > 0, expected > 0)
+            own = weights_of_row / weights_of_row.sum()
+            torch.testing.assert_close(own, expected, rtol=1e-12, atol=0)
+
+
+def _weights_alone(scores: Tensor, params: SamplingParams) -> Tensor:
+    """What the path for CPUs keeps of a row, over the whole vocabulary."""
+    ids, weights = kept(scores.numpy(), params)
+    if ids is None:
+        return torch.from_numpy(weights)
+    full = torch.zeros_like(scores)
+    full[torch.from_numpy(ids)] = torch.from_numpy(weights)
+    return full
 
 
 def _by_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -161,6 +174,9 @@ def test_top_p_over_a_large_vocabulary_is_the_one_of_transformers(scale: float) 
     for row in range(3):
         found = _weights(shifted, params)[row]
         assert torch.equal(found, _weights(shifted[row : row + 1], params[row : row + 1])[0])
+        alone = _weights_alone(shifted[row], params[row])
+        assert torch.equal(found > 0, alone > 0)
+        torch.testing.assert_close(alone, found, rtol=1e-12, atol=0)
         expected = _by_transformers(logits[row][None], params[row])[0]
         assert int((found > 0).sum()) == int((expected > 0).sum())
         if row or scale:
@@ -308,6 +324,41 @@ def test_extreme_temperatures_are_the_limits_of_the_distribution(temperature: fl
     else:
         assert set(found) == set(range(6))
         assert min(found.values()) > 60
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_one_by_one_choose_what_the_whole_batch_chooses(seed: int) -> None:
+    """Promise: the CPU's path and the accelerators' are one definition: equal tokens, also among ties and impossible tokens, and
+    log-probabilities equal beyond float32.
+    """
+    warpers: list[dict[str, object]] = [
+        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        for temperature in (0.0, 0.2, 1.0, 3.0)
+        for top_k in (0, 1, 40, 5_000)
+        for top_p in (1.0, 0.999, 0.6)
+        for min_p in (0.0, 0.02)
+    ]
+    changes: list[dict[str, object]] = [
+        {},
+        {"logprobs": 20},
+        {"repetition_penalty": 1.4, "logprobs": 0},
+    ]
+    inputs = [
+        _input(_params(seed=seed + i, **mix, **changes[i % 3]), [1, 2, 3], [i, 7])
+        for i, mix in enumerate(warpers)
+    ]
+    logits = _logits(len(inputs), 1_500, seed, scale=(0.05, 1.0, 6.0)[seed % 3])
+    if seed % 2:
+        logits = logits.round()
+    logits[:, seed::3] = -math.inf
+    for eos in ((), (0, 8)):
+        together = _together(logits, inputs, eos, 20)
+        alone = _row_after_row(logits, inputs, eos, 20)
+        for row, (one, other) in zip(inputs, zip(alone, together, strict=True), strict=True):
+            assert one[1] == other[1]
+            if row.params.logprobs is not None:
+                assert one[3:23] == other[3:23]
+                assert one == pytest.approx(other, rel=1e-11)
 
 
 def test_logits_are_left_as_they_were() -> None:
