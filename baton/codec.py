@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from baton.engine.base import Token
 from baton.errors import FieldViolation, InvalidRequestError
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WeightFormat
 from baton.types import (
     AttemptKey,
     BlockHash,
@@ -43,6 +43,7 @@ _FINISH = {
 }
 _FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
 _DTYPES = {dtype.value: dtype for dtype in KVDtype}
+_WEIGHTS = {weights.value: weights for weights in WeightFormat}
 
 
 def _invalid(field: str, description: str) -> InvalidRequestError:
@@ -234,6 +235,7 @@ def spec_to_proto(spec: KVSpec) -> pb.KvSpec:
         position_scheme=spec.position_scheme,
         model_fingerprint=spec.model_fingerprint,
         digest=spec.digest,
+        weights="" if spec.weights is None else spec.weights.value,
     )
 
 
@@ -247,10 +249,17 @@ def spec_from_proto(message: pb.KvSpec) -> KVSpec:
         dtype=_DTYPES[message.dtype],
         position_scheme=message.position_scheme,
         model_fingerprint=message.model_fingerprint,
+        weights=_weights(message.weights, "kv_spec.weights"),
     )
     if message.digest != spec.digest:
         raise _invalid("kv_spec.digest", f"is {message.digest!r}, the fields give {spec.digest!r}")
     return spec
+
+
+def _weights(name: str, field: str) -> WeightFormat | None:
+    if name and name not in _WEIGHTS:
+        raise _invalid(field, f"unknown weight format {name!r}")
+    return _WEIGHTS[name] if name else None
 
 
 def role_to_proto(role: Role) -> pb.WorkerRole:
@@ -282,6 +291,7 @@ def worker_info_to_proto(info: WorkerInfo) -> pb.WorkerInfo:
         device=info.device,
         version=info.version,
         can_be=[_ROLES[role] for role in info.can_be],
+        weights="" if info.weights is None else info.weights.value,
     )
 
 
@@ -317,6 +327,7 @@ def worker_info_from_proto(message: pb.WorkerInfo) -> WorkerInfo:
         device=message.device,
         version=message.version,
         can_be=tuple(_ROLES_BACK[role] for role in message.can_be if role in _ROLES_BACK),
+        weights=_weights(message.weights, "info.weights"),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NewType
 
-from baton.kv.spec import KVSpec
+from baton.kv.spec import KVSpec, WeightFormat
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -231,3 +231,22 @@ class WorkerInfo:
     version: str
     can_be: tuple[Role, ...] = ()
     """Roles that it can take; empty for workers that do not tell."""
+    weights: WeightFormat | None = None
+    """In which it computes; None: the dtype's own."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """In which it computes."""
+        return self.weights or WeightFormat(self.spec.dtype.value)
+
+    @property
+    def arithmetic(self) -> str:
+        """Its dtype and, where that is another, its weights' format, for people."""
+        dtype = self.spec.dtype.value
+        own = "" if self.weight_format.value == dtype else f", {self.weight_format.value} weights"
+        return dtype + own
+
+    @property
+    def computes_prompts(self) -> bool:
+        """Whether prompts are computed in its format; else it takes their KV from those that have it."""
+        return self.weight_format is self.spec.weight_format

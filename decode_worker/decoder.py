@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from baton.codec import chunk_of_tokens
 from baton.engine.base import (
     EngineEvent,
+    EngineInfo,
     EngineRequest,
     Mode,
     Preempted,
@@ -93,7 +94,7 @@ class JobKvReceived:
     kv_bytes: int
     handoff_s: float
     first: TokenChunk | None = None
-    """Prefill's token, which the router has from prefill itself."""
+    """Prefill's token, which the router has from prefill itself; None where decode chooses the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,9 @@ class Decoder:
                 self._host.metrics.record_handoff_failure(reason)
 
     async def _transfer(self, job: DecodeJob, address: str, progress: _Progress) -> JobKvReceived:
-        """Pulls and imports what the prefix cache did not hold, and starts to generate from prefill's token."""
+        """Pulls and imports what the prefix cache did not hold, and starts to generate: from prefill's token, or, where tokens were
+        generated before and their KV is not prefill's to compute, after computing it here.
+        """
         spec, settings = self._engine.info.spec, self._host.settings
         end_s = progress.call.timeline.received_s + job.timeout_s
         source_key = job.source_key or job.key
@@ -228,7 +231,8 @@ class Decoder:
         progress.call.record(Event.FIRST_TOKEN)
         handoff = progress.call.handoff = progress.call.span.child()
         kv_bytes = 0
-        length = len(job.sequence)
+        computes_rest = _computes_rest(job, self._engine.info)
+        length = len(job.sequence.prompt if computes_rest else job.sequence)
         for first, last in split_range(
             progress.cached_tokens, length, spec.token_bytes, settings.max_pull_bytes
         ):
@@ -245,17 +249,27 @@ class Decoder:
                 work = [self._engine.import_kv(job.key, first, kv)]
                 if last == length:
                     # Sent together, so that no step of the engine comes between them.
-                    work.append(self._engine.start_decode(job.key, ready.first_token))
+                    first_token = None if computes_rest else ready.first_token
+                    work.append(self._engine.start_decode(job.key, first_token))
                 try:
                     await asyncio.gather(*work)
                 finally:
                     del kv, work  # a traceback would hold the buffer after its credit is returned
-        first_token = TokenChunk(
+        handoff_s = max(0.0, time.time() - ready.done_unix_s)
+        if computes_rest:
+            return JobKvReceived(kv_bytes, handoff_s)
+        chunk = TokenChunk(
             first_index=len(job.sequence.generated),
             token_ids=(ready.first_token,),
             logprobs=() if ready.logprobs is None else (ready.logprobs,),
         )
-        return JobKvReceived(kv_bytes, max(0.0, time.time() - ready.done_unix_s), first_token)
+        return JobKvReceived(kv_bytes, handoff_s, chunk)
+
+
+def _computes_rest(job: DecodeJob, info: EngineInfo) -> bool:
+    """Whether the source has the prompt's KV only. A decode worker that hands over has it all."""
+    generated = bool(job.sequence.generated) and job.source_key is None
+    return generated and not info.computes_prompts
 
 
 async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:

@@ -23,7 +23,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from baton import codec
@@ -128,6 +128,8 @@ class Attempt:
         """Output position after decode's last token, once it has stopped."""
         self.left: Moved | None = None
         """Set where the attempt ended because decode drains."""
+        self._computes_rest = bool(sequence.generated) and not pair.decode.info.computes_prompts
+        """Prefill computes the prompt only: the KV of generated tokens is decode's, as it was before."""
         self._order = TokenOrder(len(sequence.generated) + (moved is not None))
         self._has_first_token = False
         self._handed = False
@@ -320,9 +322,12 @@ class Attempt:
     # Prefill's side.
 
     async def _run_prefill(self, member: Member, skip_tokens: int) -> None:
+        sequence = self._sequence
+        if self._computes_rest:
+            sequence = replace(sequence, generated=())
         request = prefill_pb2.PrefillRequest(
             key=codec.key_to_proto(self._key),
-            sequence=codec.sequence_to_proto(self._sequence),
+            sequence=codec.sequence_to_proto(sequence),
             skip_tokens=skip_tokens,
             kv_digest=member.info.spec.digest,
         )
@@ -354,7 +359,8 @@ class Attempt:
 
     def _on_first_token(self, first: prefill_pb2.PrefillResponse.FirstToken) -> None:
         chunk = codec.chunk_from_proto(first.token)
-        if chunk.first_index != len(self._sequence.generated) or len(chunk.token_ids) != 1:
+        index = 0 if self._computes_rest else len(self._sequence.generated)
+        if chunk.first_index != index or len(chunk.token_ids) != 1:
             raise InternalError("prefill's first token is not the one token that was asked for")
         self.stats.prefill_s = first.prefill_seconds
         self._has_first_token = True
@@ -364,6 +370,8 @@ class Attempt:
             self._timeline.record(Event.KV_RECEIVED, time.monotonic())
         if self.stage is Stage.PREFILL:
             self._enter(Stage.HANDOFF)
+        if self._computes_rest:
+            return  # it is the one that the output begins with
         finish = codec.finish_reason_from_proto(first.finish_reason)
         if finish is not None:
             self._decode_finish = finish

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
 from baton.kv.prefix import SequenceHashes
+from baton.kv.spec import WeightFormat
 from baton.service.channel import open_channel
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
@@ -157,6 +158,8 @@ class Fleet:
         *,
         avoid: frozenset[WorkerId] = frozenset(),
         digest: str | None = None,
+        weights: WeightFormat | None = None,
+        moves: bool = False,
         resident: Resident | None = None,
     ) -> Placement | NoWorker:
         """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments."""
@@ -166,6 +169,8 @@ class Fleet:
             turn=self._turn,
             avoid=avoid,
             digest=digest,
+            weights=weights,
+            moves=moves,
             last_decode=None if resident is None else resident.worker_id,
         )
         began_s = time.perf_counter()

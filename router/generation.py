@@ -34,6 +34,7 @@ from baton.types import (
     Sequence,
     TokenChunk,
     WorkerId,
+    WorkerInfo,
 )
 from router.attach import HeldAttempt
 from router.attempt import Attempt, Moved, Terms
@@ -121,8 +122,8 @@ class Generation:
             grace_s=settings.orphan_grace_s,
             holder=self._name,
         )
-        self._digest: str | None = None
-        """KV digest of the workers that generated the tokens so far."""
+        self._made_by: WorkerInfo | None = None
+        """The decode worker of the tokens so far."""
         self._avoid: set[WorkerId] = set()
         self._moved: Moved | None = None
         """What a draining worker holds for the next attempt."""
@@ -180,15 +181,17 @@ class Generation:
 
     def _elsewhere(self) -> bool:
         """Whether a decode worker could go on with this request now."""
-        return not isinstance(self._choose(), NoWorker)
+        return not isinstance(self._choose(moves=True), NoWorker)
 
-    def _choose(self) -> Placement | NoWorker:
+    def _choose(self, *, moves: bool) -> Placement | NoWorker:
         hashed = len(self._hashes) - len(self._request.prompt)
         self._hashes.extend(self._output.generated[hashed:])
         return self._fleet.place(
             self._hashes,
             avoid=frozenset(self._avoid),
-            digest=self._digest,
+            digest=None if self._made_by is None else self._made_by.spec.digest,
+            weights=None if self._made_by is None else self._made_by.weight_format,
+            moves=moves,
             # Once an attempt has failed, only what workers say counts.
             resident=None if self.reports else self._request.resident,
         )
@@ -199,7 +202,7 @@ class Generation:
         self._timeline.record(Event.PLACING, time.monotonic())
         end_s = time.monotonic() + self._settings.worker_wait_s
         while True:
-            placed = self._choose()
+            placed = self._choose(moves=self._moved is not None)
             if not isinstance(placed, NoWorker):
                 return placed
             if not await self._fleet.wait_for_change(end_s - time.monotonic()):
@@ -321,7 +324,7 @@ class Generation:
             self._avoid.clear()
             self._fruitless = 0
         if self._output.generated:
-            self._digest = pair.decode.info.spec.digest
+            self._made_by = pair.decode.info
         return failure, reason
 
     async def _recover(self, failure: Failure) -> None:

@@ -3,9 +3,10 @@
     policy.place(view, request) -> Placement(prefill | None, decode, skip_tokens, predicted_ttft_s) | NoWorker(reason)
 
 What every policy upholds, by taking its choice from `candidates`: a draining worker gets nothing; prefill and decode share a KV
-digest; a request that has tokens stays with the digest that made them; a worker that failed this request, that is under
-suspicion, or that could never hold the sequence is taken only where there is no other way; and decode computes the prompt
-itself where it lacks little of it, or where no sound prefill worker is there. Between what remains, the policy chooses;
+digest; a request that has tokens stays with the digest and the weight format that made them; a worker that failed this request,
+that is under suspicion, or that could never hold the sequence is taken only where there is no other way; and decode computes the
+prompt itself where it lacks little of it, or where no sound prefill worker is there, but never where prompts are computed in another
+format than its own. Between what remains, the policy chooses;
 `router.policies` has them.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from baton.kv.spec import WeightFormat
 from baton.types import Role, WorkerId, WorkerInfo
 
 
@@ -23,6 +25,8 @@ class WorkerView:
     info: WorkerInfo
     longest_tokens: int
     """Longest sequence that it can take."""
+    computes_prompts: bool = True
+    """Whether it computes in the format in which prompts are computed."""
     draining: bool = False
     suspect: bool = False
     """It failed an attempt a moment ago, or is silent."""
@@ -73,7 +77,8 @@ class FleetView:
     def knowing(self, resident: Resident) -> "FleetView":
         """The view in which that decode worker holds that KV, as far as it fills blocks."""
         for worker in self.decode:
-            if worker.info.worker_id == resident.worker_id:
+            # One that computes no prompts keeps an answer's KV to itself.
+            if worker.info.worker_id == resident.worker_id and worker.computes_prompts:
                 size = worker.info.block_size_tokens
                 left = resident.num_tokens // size * size
                 known = self.cached.get(resident.worker_id, 0)
@@ -93,6 +98,10 @@ class PlaceRequest:
     """Workers that failed earlier attempts."""
     digest: str | None = None
     """Set where tokens were generated: only this KV digest continues them."""
+    weights: WeightFormat | None = None
+    """Set where tokens were generated: only a decode worker of this format continues them."""
+    moves: bool = False
+    """Its KV comes from another decode worker: no prompt is to be computed."""
     last_decode: WorkerId | None = None
     """Where the session's last turn was decoded: taken before its equals."""
 
@@ -139,14 +148,38 @@ class Candidates:
 
 def candidates(view: FleetView, request: PlaceRequest) -> Candidates | NoWorker:
     """What the module docstring promises of every policy. Linear in the fleet."""
-    prefill, decode = _by_trouble(view.prefill, request), _by_trouble(view.decode, request)
-    if not decode:
-        return NoWorker(_why_none(view.decode, request))
-    soundest = decode[min(decode)]
+    prefill = _by_trouble(view.prefill, request)
     by_digest: dict[str, list[WorkerView]] = {}
     for worker in rotated(prefill.get(0, ()), request.turn):
         by_digest.setdefault(worker.info.spec.digest, []).append(worker)
+    usable: Sequence[WorkerView] = view.decode
+    if request.weights is not None:
+        usable = [w for w in usable if _continues(w, request)]
+    if not request.moves and not all(w.computes_prompts for w in usable):
+        usable = _supplied(usable, prefill, by_digest)
+    decode = _by_trouble(usable, request)
+    if not decode:
+        return NoWorker(_why_none(view.decode, request))
+    soundest = decode[min(decode)]
     return Candidates(by_digest, rotated(soundest, request.turn))
+
+
+def _continues(worker: WorkerView, request: PlaceRequest) -> bool:
+    return request.weights is None or request.weights is worker.info.weight_format
+
+
+def _supplied(
+    decode: Sequence[WorkerView],
+    prefill: Mapping[int, Sequence[WorkerView]],
+    by_digest: dict[str, list[WorkerView]],
+) -> list[WorkerView]:
+    """Without those that need a prefill worker and have none. For their digests, `by_digest` gets the least troubled."""
+    for digest in {w.digest for w in decode if not w.computes_prompts} - by_digest.keys():
+        for trouble in sorted(prefill):
+            if found := [w for w in prefill[trouble] if w.digest == digest]:
+                by_digest[digest] = found
+                break
+    return [w for w in decode if w.computes_prompts or w.digest in by_digest]
 
 
 def placed(
@@ -208,6 +241,9 @@ def _why_none(workers: Sequence[WorkerView], request: PlaceRequest) -> str:
         return "no decode worker has joined"
     if all(w.draining for w in workers):
         return "every decode worker is draining"
-    if request.digest is not None:
+    fitting = [w for w in workers if not w.draining and request.digest in {None, w.digest}]
+    if not fitting:
         return "no decode worker has the KV digest that the request began with"
-    raise AssertionError("a usable decode worker was left out")
+    if not any(_continues(w, request) for w in fitting):
+        return "no decode worker has the weight format that the request began with"
+    return "no prefill worker computes prompts in the format that the decode workers need"

@@ -130,7 +130,8 @@ class PrefixAware:
             handoff_s = self.near_handoff_s * missing
             if cost_s + floor_s + handoff_s >= best_s and info.spec.digest in far:
                 continue
-            alone = missing <= self.local_prefill_tokens or info.spec.digest not in far
+            little = missing <= self.local_prefill_tokens and decode.computes_prompts
+            alone = little or info.spec.digest not in far
             cost_s += self._crowding_s(view, decode, missing)
             prefill = None
             if alone:
@@ -209,7 +210,8 @@ def _computes_alone(
     local_prefill_tokens: int,
 ) -> bool:
     missing = lacking(request, view.cached.get(decode.info.worker_id, 0))
-    return missing <= local_prefill_tokens or decode.digest not in among.prefill
+    little = missing <= local_prefill_tokens and decode.computes_prompts
+    return little or decode.digest not in among.prefill
 
 
 def _rate(worker: WorkerView) -> float:

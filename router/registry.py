@@ -338,6 +338,7 @@ class Registry:
         return WorkerView(
             info=worker.info,
             longest_tokens=worker.longest_tokens,
+            computes_prompts=worker.info.computes_prompts,
             draining=worker.draining,
             suspect=self._avoided(worker, now_s),
             requests=load.running_requests + load.waiting_requests + len(worker.hidden),

@@ -161,14 +161,22 @@ def _host(config: ServeConfig) -> str:
     return config.address.rpartition(":")[0]
 
 
+def _weights(worker: WorkerInfo) -> str:
+    own = worker.weight_format.value
+    return "" if own == worker.spec.dtype.value else f"{own} weights, "
+
+
 def _describe(worker: WorkerInfo) -> str:
     tokens = worker.num_blocks * worker.block_size_tokens
     pool = tokens * worker.spec.token_bytes / 2**20
     metrics = f", metrics http://{worker.metrics_address}/metrics" if worker.metrics_address else ""
     return (
-        f"{worker.address}  KV pool {tokens:,} tokens ({worker.num_blocks:,} blocks of {worker.block_size_tokens}, "
+        f"{worker.address}  {_weights(worker)}KV pool {tokens:,} tokens ({worker.num_blocks:,} blocks of {worker.block_size_tokens}, "
         f"{pool:,.0f} MiB)  [dim]{escape(worker.worker_id)}, pid {worker.pid}{metrics}[/]"
     )
+
+
+_TOLD_BY_ROLE = {"engine", "weights", "imports_prompts", "prompt_weights"}
 
 
 def effective(config: ServeConfig) -> dict[str, object]:
@@ -177,6 +185,6 @@ def effective(config: ServeConfig) -> dict[str, object]:
     for group in (config, config.engine):
         for each in dataclasses.fields(group):
             value: object = getattr(group, each.name)
-            if each.name != "engine":
+            if each.name not in _TOLD_BY_ROLE:
                 named[each.name] = value.value if isinstance(value, Enum) else value
     return named

@@ -11,6 +11,7 @@ import baton
 from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
 from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
+from baton.kv.spec import WeightFormat
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy, WorkerSettings
 from baton.types import Role
 
@@ -31,7 +32,11 @@ class ServeConfig:
     """One machine's whole deployment."""
 
     engine: EngineConfig | SimConfig
-    """Which engine each worker builds."""
+    """Which engine each worker builds, but for its weights' format."""
+    prefill_weights: WeightFormat | None = None
+    """Of prefill workers; None is the dtype's own."""
+    decode_weights: WeightFormat | None = None
+    """Of decode workers; None is the dtype's own."""
     tokenizer: str
     """Directory or hub id of the checkpoint whose tokenizer and chat template are served."""
     prefill: int = 1
@@ -70,6 +75,22 @@ class ServeConfig:
     def fleet_address(self) -> str:
         """Where this machine's workers find the router."""
         return f"{LOOPBACK}:{self.fleet_port}"
+
+    @property
+    def one_format(self) -> bool:
+        """Whether any worker could compute what any other does."""
+        return not self.prefill or self.prefill_weights is self.decode_weights
+
+    def engine_of(self, role: Role) -> EngineConfig | SimConfig:
+        """What a worker of that role builds."""
+        if role is Role.PREFILL:
+            return replace(self.engine, weights=self.prefill_weights)
+        return replace(
+            self.engine,
+            weights=self.decode_weights,
+            imports_prompts=self.prefill > 0,
+            prompt_weights=self.prefill_weights,
+        )
 
     def workers(self, environ: Mapping[str, str]) -> tuple[tuple[Role, WorkerSettings], ...]:
         """Role and settings of each worker, prefill first. What has no option here comes from `BATON_*` variables."""

@@ -18,8 +18,12 @@ from baton.service.settings import RouterSettings, WorkerSettings
 from baton.transfer.credits import ByteCredits
 from baton.transfer.memory import MemorySources, MemoryTransport
 from baton.types import Role, WorkerInfo
+from decode_worker.worker import DecodeWorker
 from flex_worker.worker import FlexWorker
+from prefill_worker.worker import PrefillWorker
 from router.app import RouterApp, load_tokenizer
+
+Worker = PrefillWorker | DecodeWorker | FlexWorker
 
 
 class MemoryFleet:
@@ -30,7 +34,7 @@ class MemoryFleet:
         self._announcer = announcer
         self._router: RouterApp | None = None
         self._sources = MemorySources()
-        self._workers: list[FlexWorker] = []
+        self._workers: list[Worker] = []
 
     async def start(self) -> tuple[WorkerInfo, ...]:
         settings = RouterSettings.from_env(environment(self._config))
@@ -73,7 +77,7 @@ class MemoryFleet:
             self._workers.append(worker)
             return await worker.start()
 
-    def _worker(self, role: Role, settings: WorkerSettings, progress: Progress) -> FlexWorker:
+    def _worker(self, role: Role, settings: WorkerSettings, progress: Progress) -> Worker:
         loop, starting = asyncio.get_running_loop(), asyncio.current_task()
         assert starting is not None
 
@@ -83,15 +87,21 @@ class MemoryFleet:
                 raise asyncio.CancelledError
             loop.call_soon_threadsafe(progress, loaded_bytes, total_bytes)
 
-        build = partial(build_engine, self._config.engine, report)
+        build = partial(build_engine, self._config.engine_of(role), report)
         engine = AsyncEngine(build, name=settings.worker_id)
         transport = MemoryTransport(self._sources, ByteCredits(settings.kv_credit_bytes))
-        worker = FlexWorker(settings, role, engine, transport)
+        worker: Worker
+        if self._config.one_format:
+            worker = FlexWorker(settings, role, engine, transport)
+        elif role is Role.PREFILL:
+            worker = PrefillWorker(settings, engine)
+        else:
+            worker = DecodeWorker(settings, engine, transport)
         self._sources.add(settings.transfer_address, worker)
         return worker
 
 
-async def _end(worker: FlexWorker, grace_s: float) -> None:
+async def _end(worker: Worker, grace_s: float) -> None:
     try:
         if grace_s:
             await worker.drain(grace_s)

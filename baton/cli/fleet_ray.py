@@ -24,8 +24,10 @@ from baton.service.groups import first_error
 from baton.service.settings import WorkerSettings
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from baton.types import Role, WorkerInfo
-from baton.worker.actor import ActorConfig, RunningWorker, launch
+from baton.worker.actor import ActorConfig, RunningWorker, WorkerActor, launch
+from decode_worker.actor import DecodeActor
 from flex_worker.actor import FlexActor
+from prefill_worker.actor import PrefillActor
 from router.text import Tokenizer
 
 
@@ -61,16 +63,22 @@ class WorkerSlot:
         self._lives += 1
         config = ActorConfig(
             settings=replace(self._settings, worker_id=name, transfer_address=name),
-            engine=self._config.engine,
+            engine=self._config.engine_of(self._role),
             role=self._role,
             namespace=self._cluster.namespace,
             num_gpus=self._num_gpus,
         )
         began_s = time.monotonic()
         with self._announcer.loading(name) as progress:
-            self._worker = await launch(FlexActor, config, progress)
+            self._worker = await launch(self._actor(), config, progress)
         self._announcer.event(f"{name} is up after {time.monotonic() - began_s:.1f} s")
         return self._worker.info
+
+    def _actor(self) -> type[WorkerActor]:
+        """Only workers that compute alike can take each other's role."""
+        if self._config.one_format:
+            return FlexActor
+        return PrefillActor if self._role is Role.PREFILL else DecodeActor
 
     async def keep_alive(self) -> None:
         """Replaces the worker whenever it ends. Precondition: started."""

@@ -11,6 +11,7 @@ from baton.cli.serving import run
 from baton.engine.config import EngineConfig
 from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
+from baton.kv.spec import WeightFormat
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy
 
 MODEL = "Model"
@@ -33,8 +34,24 @@ def serve(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16.",
+            help="Of activations and KV: float32, bfloat16 or float16.",
             show_default="the checkpoint's; float32 for the shipped model",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    prefill_weights: Annotated[
+        WeightFormat | None,
+        typer.Option(
+            help="How prefill workers keep the weights.",
+            show_default="in the dtype",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    decode_weights: Annotated[
+        WeightFormat | None,
+        typer.Option(
+            help="How decode workers keep the weights.",
+            show_default="in the dtype",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -203,6 +220,8 @@ def serve(
 
       baton serve --model ./SmolLM2-135M --dtype bfloat16 --prefill 2 --decode 2
 
+      baton serve --decode-weights int8         [dim]# prompts in the dtype[/]
+
       baton serve --prefill 0 --decode 1        [dim]# one engine, no handoff[/]
 
       baton serve --transport memory --port 0   [dim]# one process, any free port[/]
@@ -219,6 +238,10 @@ def serve(
         if not kv_cache and prefill > 0:
             raise InvalidRequestError(
                 FieldViolation("--no-kv-cache", "has nothing to hand over: add --prefill 0")
+            )
+        if prefill_weights is not None and not prefill:
+            raise InvalidRequestError(
+                FieldViolation("--prefill-weights", "has no meaning without prefill workers")
             )
         source = model if model is not None else str(shipped_model())
         # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
@@ -240,6 +263,8 @@ def serve(
         config = ServeConfig(
             engine=simulated(chosen, step_s=step_ms / 1000) if engine is EngineKind.SIM else chosen,
             tokenizer=source,
+            prefill_weights=prefill_weights,
+            decode_weights=decode_weights,
             prefill=prefill,
             decode=decode,
             transport=transport or (Transport.RAY if prefill else Transport.MEMORY),

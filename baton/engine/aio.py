@@ -209,7 +209,7 @@ class AsyncEngine:
         """
         await self._call(lambda engine: engine.import_kv(key, first, kv))
 
-    async def start_decode(self, key: AttemptKey, first_token: int) -> None:
+    async def start_decode(self, key: AttemptKey, first_token: int | None) -> None:
         """See `Engine.start_decode`."""
         await self._call(lambda engine: engine.start_decode(key, first_token))
 

@@ -7,7 +7,7 @@ Life of a request in an engine, by mode:
 
     LOCAL    add → … Started → Progress* → Token → … Token(finish)
     PREFILL  add → … Started → Progress* → Token → Exported* → [KV held: export_kv] → release
-    DECODE   add → … Reserved → [import_kv] → Token → … Token(finish)
+    DECODE   add → … Reserved → [import_kv → start_decode] → Progress* → Token → … Token(finish)
     hold     Token → [KV held: export_kv] → release      LOCAL, DECODE: another worker goes on
 
 A Token with a finish reason is the last event of its key; the engine has then released LOCAL and DECODE requests by itself,
@@ -21,7 +21,7 @@ from enum import Enum
 from typing import Protocol
 
 from baton.errors import BatonError
-from baton.kv.spec import KVSpec, SealedKV
+from baton.kv.spec import KVSpec, SealedKV, WeightFormat
 from baton.types import (
     AttemptKey,
     FinishReason,
@@ -144,8 +144,22 @@ class EngineInfo:
     block_size_tokens: int
     num_blocks: int
     device: str
+    weights: WeightFormat | None = None
+    """In which it computes; None: the dtype's own. `spec.weights` is the format in which prompts are computed, here or elsewhere."""
     directory: str = ""
     """Where the checkpoint, and its tokenizer, are on this machine; empty: there is none."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """In which it computes."""
+        return self.weights or WeightFormat(self.spec.dtype.value)
+
+    @property
+    def computes_prompts(self) -> bool:
+        """Whether prompts are computed in the engine's format; else their KV is always imported, only that of generated tokens is
+        computed here, and no other sequence may reuse it as its prompt's.
+        """
+        return self.weight_format is self.spec.weight_format
 
 
 class Engine(Protocol):
@@ -193,9 +207,10 @@ class Engine(Protocol):
         """
         ...
 
-    def start_decode(self, key: AttemptKey, first_token: int) -> None:
+    def start_decode(self, key: AttemptKey, first_token: int | None) -> None:
         """All KV is in, and `first_token` is the token that prefill chose at index len(sequence.generated): generate from it. Same
-        precondition as `import_kv`, and that every token's KV was imported or cached.
+        precondition as `import_kv`, and that every token's KV was imported or cached. Without a first token, the prompt's KV is in:
+        compute that of the generated tokens here, of which there is one at least, and choose the token after them.
         """
         ...
 

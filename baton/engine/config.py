@@ -10,7 +10,7 @@ from pathlib import Path
 from baton.engine.fields import Fields, read_fields
 from baton.engine.rope import RopeConfig, parse_rope
 from baton.errors import ModelLoadError
-from baton.kv.spec import KVDtype
+from baton.kv.spec import KVDtype, WeightFormat
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
@@ -76,6 +76,14 @@ class EngineConfig:
     """A directory in Hugging Face format, or a hub id."""
     dtype: str | None = None
     """`float32`, `bfloat16` or `float16`; None is the checkpoint's, but float32 for float16 on CPU."""
+    weights: WeightFormat | None = None
+    """How the matrices are kept; None: in the dtype. The dtype stays that of activations and KV."""
+    imports_prompts: bool = False
+    """Prompts are computed in the format `prompt_weights`, which other workers have where it is not this engine's. Otherwise this engine's
+    own is that of prompts.
+    """
+    prompt_weights: WeightFormat | None = None
+    """None: the dtype's own."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
     block_size_tokens: int = 16
@@ -123,7 +131,15 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     if config.dtype is None and config.device == "cpu" and dtype is KVDtype.FLOAT16:
         # CPUs compute in float16 slowly, and a smaller range buys nothing there.
         dtype = KVDtype.FLOAT32
-    return replace(config, dtype=dtype.value, max_context_tokens=context)
+    own = WeightFormat(dtype.value)
+    weights = config.weights or own
+    return replace(
+        config,
+        dtype=dtype.value,
+        weights=weights,
+        prompt_weights=(config.prompt_weights or own) if config.imports_prompts else weights,
+        max_context_tokens=context,
+    )
 
 
 def load_model_config(directory: Path) -> ModelConfig:

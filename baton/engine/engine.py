@@ -38,6 +38,7 @@ from baton.engine.tables import BlockTables
 from baton.errors import (
     AlreadyExistsError,
     BatonError,
+    CapacityError,
     FieldViolation,
     InvalidRequestError,
     PreconditionError,
@@ -73,7 +74,11 @@ class PagedEngine:
         self._eos = frozenset(info.eos_token_ids)
         self._kv_cache = kv_cache
         self._pool = BlockPool(info.num_blocks, info.block_size_tokens)
-        self._tables = BlockTables(self._pool, prefix_cache=prefix_cache and kv_cache)
+        self._tables = BlockTables(
+            self._pool,
+            prefix_cache=prefix_cache and kv_cache,
+            prompts_only=not info.computes_prompts,
+        )
         self._requests: dict[AttemptKey, RequestState] = {}
         self._waiting: list[RequestState] = []
         self._running: list[RequestState] = []
@@ -113,6 +118,11 @@ class PagedEngine:
                 FieldViolation("prompt", f"a token id is not in [0, {self._info.vocab_size})")
             )
         assert all(0 <= first < last <= length for first, last in request.export)
+        if request.mode is not Mode.DECODE and not self._info.computes_prompts:
+            raise PreconditionError(
+                f"this worker computes in {self._info.weight_format.value}; prompts are computed in "
+                f"{self._info.spec.weight_format.value}, by others"
+            )
         state = RequestState(request, self._info.block_size_tokens)
         self._requests[request.key] = state
         self._waiting.append(state)
@@ -181,15 +191,18 @@ class PagedEngine:
         state.num_computed = last
         self._tables.publish(state)
 
-    def start_decode(self, key: AttemptKey, first_token: int) -> None:
+    def start_decode(self, key: AttemptKey, first_token: int | None) -> None:
         state = self._reserved(key)
-        if state.num_computed != state.num_given:
-            raise PreconditionError(
-                f"KV of {state.num_computed} of {state.num_given} tokens has arrived"
-            )
-        if not 0 <= first_token < self._info.vocab_size:
-            raise PreconditionError(f"token {first_token} is not in the vocabulary")
-        state.append(first_token)
+        least = state.num_given if first_token is not None else len(state.prompt)
+        if state.num_computed < least:
+            raise PreconditionError(f"KV of {state.num_computed} of {least} tokens has arrived")
+        if first_token is None:
+            if state.num_computed == state.num_given:
+                raise PreconditionError("no token is left whose successor could be computed")
+        else:
+            if not 0 <= first_token < self._info.vocab_size:
+                raise PreconditionError(f"token {first_token} is not in the vocabulary")
+            state.append(first_token)
         state.started = True
         state.stage = Stage.RUNNING
         self._running.append(state)
@@ -248,10 +261,7 @@ class PagedEngine:
             holding=sum(s.stage is Stage.HELD for s in self._requests.values()),
             limits=self._limits,
         )
-        events: list[EngineEvent] = []
-        for key in plan.preempt:
-            self._preempt(self._requests[key])
-            events.append(Preempted(key))
+        events = [self._preempt(self._requests[key]) for key in plan.preempt]
         for key in plan.admit:
             if not self._admit(self._requests[key], events):
                 break
@@ -286,11 +296,16 @@ class PagedEngine:
             events.append(Started(state.key, state.num_computed))
         return True
 
-    def _preempt(self, state: RequestState) -> None:
+    def _preempt(self, state: RequestState) -> EngineEvent:
+        if not self._info.computes_prompts:
+            # Its prompt cannot be recomputed here.
+            self.release(state.key)
+            return Failed(state.key, CapacityError("its KV blocks went to earlier requests"))
         self._running.remove(state)
         self._give_back(state)
         state.stage = Stage.WAITING
         self._waiting.insert(0, state)
+        return Preempted(state.key)
 
     def _give_back(self, state: RequestState) -> None:
         self._tables.give_back(state)

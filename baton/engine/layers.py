@@ -35,20 +35,38 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 class Linear:
-    """x Wᵀ + b. On CPU the weight is kept in oneDNN's own layout, which multiplies 1.7 to 3.4 times as fast."""
+    """x Wᵀ + b, computed in the weight's dtype. On CPU the weight is kept in oneDNN's own layout, which multiplies 1.7 to 3.4 times as
+    fast.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         # weight: [out, in]  bias: [out]
-        self._bias = bias
+        self._dtype = weight.dtype
+        self._bias = None if bias is None else bias.to(weight.dtype)
         self._packed = _can_pack(weight)
         self._weight = _MKLDNN._reorder_linear_weight(weight) if self._packed else weight  # noqa: SLF001 torch has no other name
 
     def __call__(self, x: Tensor) -> Tensor:
         # x: [T, in] -> [T, out]
-        if not self._packed:
-            return functional.linear(x, self._weight, self._bias)
-        product: Tensor = _linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return product
+        inputs = x.to(self._dtype)
+        if self._packed:
+            product: Tensor = _linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        else:
+            product = functional.linear(inputs, self._weight, self._bias)
+        return product.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRows:
+    """Rows of a matrix, in the dtype of activations."""
+
+    weight: Tensor
+    """[V, E]."""
+    dtype: torch.dtype
+
+    def __call__(self, index: Tensor) -> Tensor:
+        # index: [T] -> [T, E]
+        return functional.embedding(index, self.weight).to(self.dtype)
 
 
 _MKLDNN = torch.ops.mkldnn

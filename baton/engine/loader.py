@@ -23,7 +23,7 @@ from baton.engine.config import ModelConfig
 from baton.engine.fields import Fields, read_fields
 from baton.engine.model import Decoder
 from baton.engine.progress import Progress
-from baton.engine.weights import build_decoder, expected_shapes, tensor_prefix
+from baton.engine.weights import Matrices, build_decoder, expected_shapes, tensor_prefix
 from baton.errors import ModelLoadError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -136,8 +136,8 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 def load_decoder(
     checkpoint: Checkpoint,
     config: ModelConfig,
+    matrices: Matrices,
     *,
-    dtype: torch.dtype,
     device: torch.device,
     context_tokens: int,
     progress: Progress | None = None,
@@ -164,7 +164,7 @@ def load_decoder(
     total = sum(checkpoint.tensors[name].num_bytes for name in wanted)
     loaded = 0
 
-    def tensor(name: str) -> Tensor:
+    def tensor(name: str, dtype: torch.dtype) -> Tensor:
         nonlocal loaded
         stored = checkpoint.tensors[name]
         value = files.read(stored.file, name)
@@ -181,7 +181,7 @@ def load_decoder(
 
     with ExitStack() as stack:
         files = _OpenFiles(stack)
-        return build_decoder(config, tensor, prefix=prefix, context_tokens=context_tokens)
+        return build_decoder(config, tensor, matrices, prefix=prefix, context_tokens=context_tokens)
 
 
 class _OpenFiles:

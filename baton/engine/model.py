@@ -4,25 +4,42 @@ Legend: T tokens of the flat batch, R sampled rows, E hidden size, H heads, G KV
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from baton.engine.attention import BatchPlan, attend
-from baton.engine.layers import Activation, Linear, Norm, RMSNorm, Rope, Rotation
+from baton.engine.layers import Activation, Norm, RMSNorm, Rope, Rotation
 from baton.kv.pool import KVPool, LayerKV
+
+
+class Projection(Protocol):
+    """x Wᵀ + b."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # x: [T, in] -> [T, out]
+        ...
+
+
+class Embedding(Protocol):
+    """Rows of a matrix, in the dtype of activations."""
+
+    def __call__(self, index: Tensor) -> Tensor:
+        # index: [T] -> [T, E]
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Multi-head attention; each group of H / G query heads shares one KV head."""
 
-    qkv: Linear
+    qkv: Projection
     """E -> (H + G + G) * D."""
     qk_norm: RMSNorm | None
     """[H + G, D]."""
-    out: Linear
+    out: Projection
     """H * D -> E."""
     num_heads: int
     num_kv_heads: int
@@ -49,9 +66,9 @@ class Attention:
 class GatedMLP:
     """down(act(gate(x)) * up(x))."""
 
-    gate_up: Linear
+    gate_up: Projection
     """E -> 2 * F."""
-    down: Linear
+    down: Projection
     activation: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,9 +81,9 @@ class GatedMLP:
 class MLP:
     """down(act(up(x)))."""
 
-    up: Linear
+    up: Projection
     """E -> F."""
-    down: Linear
+    down: Projection
     activation: Activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -95,19 +112,18 @@ class Block:
 class Decoder:
     """Tokens to logits, over paged KV."""
 
-    embedding: Tensor
-    """[V, E]."""
+    embedding: Embedding
     positions: Tensor | Rope
     """Learned, [positions, E], or rotary."""
     blocks: tuple[Block, ...]
     norm: Norm
-    head: Linear
+    head: Projection
     """E -> V."""
 
     def __call__(self, plan: BatchPlan, pool: KVPool) -> Tensor:
         """Computes a step: writes its KV to the pool; returns the logits of the sampled rows."""
         # -> [R, V], float32
-        x = functional.embedding(plan.token_ids, self.embedding)
+        x = self.embedding(plan.token_ids)
         rotation = None
         if isinstance(self.positions, Rope):
             rotation = self.positions(plan.positions, x.dtype)

@@ -16,6 +16,7 @@ from baton.engine.loader import find_checkpoint, fingerprint, load_decoder, open
 from baton.engine.memory import free_memory_bytes
 from baton.engine.progress import Progress
 from baton.engine.sampling import sample
+from baton.engine.weights import Matrices
 from baton.errors import ModelLoadError
 from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
 from baton.kv.spec import KVDtype, KVSpec, SealedKV
@@ -38,6 +39,7 @@ class TorchRunner:
         model = load_model_config(directory)
         config = resolve(config, model)
         assert config.dtype is not None
+        assert config.weights is not None
         assert config.max_context_tokens is not None
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ModelLoadError(
@@ -53,7 +55,7 @@ class TorchRunner:
             self._decoder = load_decoder(
                 checkpoint,
                 model,
-                dtype=self._dtype,
+                Matrices(config.weights, self._dtype),
                 device=self._device,
                 context_tokens=config.max_context_tokens,
                 progress=progress,
@@ -65,6 +67,7 @@ class TorchRunner:
             dtype=kv_dtype,
             position_scheme=model.position_scheme(config.max_context_tokens),
             model_fingerprint=fingerprint(checkpoint),
+            weights=config.prompt_weights,
         )
         num_blocks = size_pool(
             kv_pool_tokens=config.kv_pool_tokens,
@@ -90,6 +93,7 @@ class TorchRunner:
             block_size_tokens=config.block_size_tokens,
             num_blocks=num_blocks,
             device=config.device,
+            weights=config.weights,
             directory=str(directory.resolve()),
         )
 

@@ -20,7 +20,7 @@ from baton.engine.config import EngineConfig, load_model_config
 from baton.engine.engine import PagedEngine
 from baton.engine.noise import uniform
 from baton.kv.checksum import RunningChecksum, sealed
-from baton.kv.spec import KVDtype, KVSpec, SealedKV
+from baton.kv.spec import KVDtype, KVSpec, SealedKV, WeightFormat
 from baton.types import PositionLogprobs, TokenLogprob
 
 _MODULUS = 65521
@@ -54,6 +54,11 @@ class SimConfig:
     """Time that every step takes."""
     token_s: float = 0.0
     """Time that each computed token adds."""
+    weights: WeightFormat | None = None
+    """Format that it pretends to compute in: what it stores and says differs by it. None: the dtype's own."""
+    imports_prompts: bool = False
+    prompt_weights: WeightFormat | None = None
+    """Both as in `EngineConfig`."""
     directory: str = ""
     """Of the checkpoint that it stands for, whose tokenizer is used; empty: none."""
 
@@ -75,12 +80,17 @@ def simulated(chosen: EngineConfig, *, step_s: float = 0.0) -> SimConfig:
         max_batch_tokens=chosen.max_batch_tokens,
         max_running=chosen.max_running,
         prefix_cache=chosen.prefix_cache,
+        weights=chosen.weights,
+        imports_prompts=chosen.imports_prompts,
+        prompt_weights=chosen.prompt_weights,
         step_s=step_s,
     )
 
 
 class SimRunner:
-    """KV of a token is (its id, its position), in one layer with one head of two numbers."""
+    """KV of a token is (its id, its position), in one layer with one head of two numbers. A format other than the dtype's adds a number
+    of its own to the id.
+    """
 
     def __init__(self, config: SimConfig) -> None:
         self._config = config
@@ -93,6 +103,7 @@ class SimRunner:
                 dtype=KVDtype.FLOAT32,
                 position_scheme="sim",
                 model_fingerprint=f"sim:{config.model}:{config.vocab_size}",
+                weights=config.prompt_weights if config.imports_prompts else config.weights,
             ),
             vocab_size=config.vocab_size,
             max_context_tokens=config.max_context_tokens,
@@ -100,10 +111,13 @@ class SimRunner:
             block_size_tokens=config.block_size_tokens,
             num_blocks=config.num_blocks,
             device="sim",
+            weights=config.weights,
             directory=config.directory,
         )
         # [slots, 2]: what keys and values both hold
         self._slots = np.zeros((config.num_blocks * config.block_size_tokens, 2), np.float32)
+        own = self._info.weight_format
+        self._mark = 0 if own is WeightFormat.FLOAT32 else 7 * list(WeightFormat).index(own)
         position = np.arange(config.max_context_tokens, dtype=np.int64)
         self._weight = (position * 40503 + 12345) % _MODULUS
 
@@ -140,14 +154,14 @@ class SimRunner:
     def _run_row(self, row: BatchRow) -> Sampled | None:
         length = row.start + len(row.token_ids)
         slots = self._slot_ids(row.block_table, length)
-        self._slots[slots[row.start :], 0] = row.token_ids
+        self._slots[slots[row.start :], 0] = np.asarray(row.token_ids) + self._mark
         self._slots[slots[row.start :], 1] = np.arange(row.start, length)
         if row.sample is None:
             return None
         stored = self._slots[slots].astype(np.int64)
         misplaced = stored[:, 1] != np.arange(length)
         state = int(((stored[:, 0] + 1 + misplaced) * self._weight[:length]).sum() % _MODULUS)
-        return self._choose(state, row.sample)
+        return self._choose(state + self._mark, row.sample)
 
     def _choose(self, state: int, sample: SampleInput) -> Sampled:
         params = sample.params

@@ -12,9 +12,11 @@ from baton.scheduling.plan import Waiting
 class BlockTables:
     """See the module docstring."""
 
-    def __init__(self, pool: BlockPool, *, prefix_cache: bool) -> None:
+    def __init__(self, pool: BlockPool, *, prefix_cache: bool, prompts_only: bool = False) -> None:
+        """With `prompts_only`, no other request reuses the KV of generated tokens, nor do these reuse a prompt's."""
         self._pool = pool
         self._prefix_cache = prefix_cache
+        self._prompts_only = prompts_only
 
     def waiting_view(self, state: RequestState) -> Waiting:
         """What admitting the request would take now."""
@@ -63,7 +65,7 @@ class BlockTables:
         """Makes the blocks that are now full of computed tokens reusable."""
         if not self._prefix_cache:
             return
-        full = state.num_computed // self._pool.block_size
+        full = min(state.num_computed, self._shared(state)) // self._pool.block_size
         hashes = state.hashes(full)
         for index in range(state.num_published, full):
             parent = hashes[index - 1] if index else state.root
@@ -73,11 +75,15 @@ class BlockTables:
             state.num_published = index + 1
 
     def _match(self, state: RequestState) -> list[int]:
-        """Cached blocks of the sequence, short of its last token: that one's logits are needed."""
+        """Cached blocks of the sequence, short of its last token: that one's logits are needed, here or where its KV comes from."""
         if not self._prefix_cache:
             return []
-        full = (len(state.tokens) - 1) // self._pool.block_size
+        full = (self._shared(state) - 1) // self._pool.block_size
         return self._pool.match(state.hashes(full), state.tokens, state.root)
+
+    def _shared(self, state: RequestState) -> int:
+        """Leading tokens whose KV is what it is in any sequence."""
+        return len(state.prompt) if self._prompts_only else len(state.tokens)
 
     def _total(self, state: RequestState) -> int:
         # A sequence whose KV is imported goes on with one more token at once.

@@ -4,18 +4,60 @@ Projections that read the same input are packed into one matrix: query, key and 
 a time from its source and keeps none that it packed, so a model never stands in memory twice.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from baton.engine.config import ModelConfig
-from baton.engine.layers import LayerNorm, Linear, RMSNorm, Rope, activation
-from baton.engine.model import MLP, Attention, Block, Decoder, GatedMLP
+from baton.engine.layers import FloatRows, LayerNorm, Linear, RMSNorm, Rope, activation
+from baton.engine.model import MLP, Attention, Block, Decoder, Embedding, GatedMLP, Projection
+from baton.engine.quantize import Int8Linear, Int8Rows
+from baton.kv.pool import TORCH_DTYPES
+from baton.kv.spec import KVDtype, WeightFormat
 
-TensorSource = Callable[[str], Tensor]
-"""A tensor of the checkpoint by name, on the engine's device, in its dtype, of the expected shape."""
+
+class TensorSource(Protocol):
+    """A tensor of the checkpoint by name, on the engine's device, in that dtype, of the expected shape."""
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """How a format keeps matrices, beside activations of a dtype. What narrower matrices lose is lost before they are packed; all are
+    multiplied in the wider dtype of the two.
+    """
+
+    format: WeightFormat
+    dtype: torch.dtype
+    """Of activations, norms, biases and learned positions."""
+
+    @property
+    def loads(self) -> torch.dtype:
+        """What a matrix is to be read as."""
+        if self.format is WeightFormat.INT8:
+            return torch.float32
+        return TORCH_DTYPES[KVDtype(self.format.value)]
+
+    def projection(self, weight: Tensor, bias: Tensor | None) -> Projection:
+        # weight: [out, in]  bias: [out]
+        if self.format is WeightFormat.INT8:
+            return Int8Linear(weight, bias)
+        return Linear(weight.to(torch.promote_types(weight.dtype, self.dtype)), bias)
+
+    def embedding(self, weight: Tensor, head: Tensor | None) -> tuple[Embedding, Projection]:
+        """The rows of a matrix, and the projection to logits; they are of one matrix where there is no `head`."""
+        # weight: [V, E]  head: [V, E]
+        if self.format is not WeightFormat.INT8:
+            return FloatRows(weight, self.dtype), self.projection(
+                weight if head is None else head, None
+            )
+        quantized = Int8Linear(weight, None)
+        projection = quantized if head is None else Int8Linear(head, None)
+        return Int8Rows(quantized, self.dtype), projection
 
 
 def tensor_prefix(config: ModelConfig, names: Container[str]) -> str:
@@ -83,14 +125,21 @@ def _gpt2_layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build_decoder(
-    config: ModelConfig, tensor: TensorSource, *, prefix: str, context_tokens: int
+    config: ModelConfig,
+    tensor: TensorSource,
+    matrices: Matrices,
+    *,
+    prefix: str,
+    context_tokens: int,
 ) -> Decoder:
     """Takes every tensor of `expected_shapes` once."""
     build_layer = _gpt2_layer if config.is_gpt2 else _llama_layer
     layers = "h" if config.is_gpt2 else "layers"
-    embedding = tensor(prefix + ("wte.weight" if config.is_gpt2 else "embed_tokens.weight"))
+    embedding = tensor(
+        prefix + ("wte.weight" if config.is_gpt2 else "embed_tokens.weight"), matrices.loads
+    )
     if config.rope is None:
-        positions: Tensor | Rope = tensor(prefix + "wpe.weight")
+        positions: Tensor | Rope = tensor(prefix + "wpe.weight", matrices.dtype)
     else:
         positions = Rope(
             config.rope,
@@ -99,16 +148,19 @@ def build_decoder(
             device=embedding.device,
         )
     blocks = tuple(
-        build_layer(config, layer, _Named(tensor, f"{prefix}{layers}.{layer}."))
+        build_layer(config, layer, _Named(tensor, matrices, f"{prefix}{layers}.{layer}."))
         for layer in range(config.num_layers)
     )
-    named = _Named(tensor, prefix)
+    named = _Named(tensor, matrices, prefix)
+    rows, head = matrices.embedding(
+        embedding, None if config.tied_embeddings else tensor("lm_head.weight", matrices.loads)
+    )
     return Decoder(
-        embedding=embedding,
+        embedding=rows,
         positions=positions,
         blocks=blocks,
         norm=named.layer_norm(config, "ln_f") if config.is_gpt2 else named.rms_norm(config, "norm"),
-        head=Linear(embedding if config.tied_embeddings else tensor("lm_head.weight"), None),
+        head=head,
     )
 
 
@@ -117,19 +169,24 @@ class _Named:
     """The tensors under a prefix."""
 
     tensor: TensorSource
+    matrices: Matrices
     prefix: str
 
     def __call__(self, name: str) -> Tensor:
-        return self.tensor(self.prefix + name)
+        return self.tensor(self.prefix + name, self.matrices.dtype)
 
-    def linear(self, *names: str, bias: bool) -> Linear:
+    def matrix(self, name: str) -> Tensor:
+        return self.tensor(f"{self.prefix}{name}.weight", self.matrices.loads)
+
+    def linear(self, *names: str, bias: bool) -> Projection:
         """Several projections of one input, packed."""
-        weight = torch.cat([self(f"{name}.weight") for name in names])
-        return Linear(weight, torch.cat([self(f"{n}.bias") for n in names]) if bias else None)
+        weight = torch.cat([self.matrix(name) for name in names])
+        biases = torch.cat([self(f"{n}.bias") for n in names]) if bias else None
+        return self.matrices.projection(weight, biases)
 
-    def conv1d(self, name: str) -> Linear:
+    def conv1d(self, name: str) -> Projection:
         """GPT-2's [in, out] spelling of a projection."""
-        return Linear(self(f"{name}.weight").t().contiguous(), self(f"{name}.bias"))
+        return self.matrices.projection(self.matrix(name).t().contiguous(), self(f"{name}.bias"))
 
     def rms_norm(self, config: ModelConfig, name: str) -> RMSNorm:
         return RMSNorm(self(f"{name}.weight"), config.norm_eps)

@@ -44,6 +44,16 @@ class KVDtype(Enum):
         return np.dtype(np.float32) if self is KVDtype.FLOAT32 else np.dtype(np.uint16)
 
 
+class WeightFormat(Enum):
+    """How a worker keeps the model's matrices; what it computes with them differs by it."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    """In groups, with 8-bit activations; see `baton.engine.quantize`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVSpec:
     """Everything that must be equal for one worker's KV to be another's."""
@@ -56,11 +66,18 @@ class KVSpec:
     """How positions enter the keys, such as `rope:theta=10000` or `learned`."""
     model_fingerprint: str
     """Identifies the weights."""
+    weights: WeightFormat | None = None
+    """In which prompts are computed; None: the dtype's own. What a prompt's KV holds depends on it."""
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """In which prompts are computed."""
+        return self.weights or WeightFormat(self.dtype.value)
 
     @cached_property
     def digest(self) -> str:
         """Hex digest of all fields; block size is not among them."""
-        fields = (
+        fields: tuple[object, ...] = (
             self.num_layers,
             self.num_kv_heads,
             self.head_dim,
@@ -68,6 +85,8 @@ class KVSpec:
             self.position_scheme,
             self.model_fingerprint,
         )
+        if self.weight_format.value != self.dtype.value:
+            fields = (*fields, self.weight_format.value)
         return hashlib.blake2b(repr(fields).encode(), digest_size=16).hexdigest()
 
     @property

@@ -343,6 +343,7 @@ class WorkerHost:
             device=engine.device,
             version=__version__,
             can_be=tuple(self._services),
+            weights=engine.weights,
         )
 
 

@@ -156,7 +156,7 @@ class TokenChunk(_message.Message):
     def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
 class KvSpec(_message.Message):
-    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype", "position_scheme", "model_fingerprint", "digest")
+    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype", "position_scheme", "model_fingerprint", "digest", "weights")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class KvSpec(_message.Message):
     POSITION_SCHEME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -171,10 +172,11 @@ class KvSpec(_message.Message):
     position_scheme: str
     model_fingerprint: str
     digest: str
-    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., position_scheme: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+    weights: str
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., position_scheme: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., digest: _Optional[str] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "address", "transfer_address", "model", "kv_spec", "vocab_size", "max_context_tokens", "eos_token_ids", "block_size_tokens", "num_blocks", "node", "pid", "metrics_address", "device", "version", "can_be")
+    __slots__ = ("worker_id", "role", "address", "transfer_address", "model", "kv_spec", "vocab_size", "max_context_tokens", "eos_token_ids", "block_size_tokens", "num_blocks", "node", "pid", "metrics_address", "device", "version", "can_be", "weights")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +194,7 @@ class WorkerInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CAN_BE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: WorkerRole
     address: str
@@ -209,7 +212,8 @@ class WorkerInfo(_message.Message):
     device: str
     version: str
     can_be: _containers.RepeatedScalarFieldContainer[WorkerRole]
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., model: _Optional[str] = ..., kv_spec: _Optional[_Union[KvSpec, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., block_size_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., can_be: _Optional[_Iterable[_Union[WorkerRole, str]]] = ...) -> None: ...
+    weights: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., address: _Optional[str] = ..., transfer_address: _Optional[str] = ..., model: _Optional[str] = ..., kv_spec: _Optional[_Union[KvSpec, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., block_size_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., can_be: _Optional[_Iterable[_Union[WorkerRole, str]]] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "queued_prefill_tokens", "free_blocks", "cached_blocks", "reserved_blocks", "used_blocks", "in_flight_blocks", "prefill_tokens_per_second", "decode_step_seconds")

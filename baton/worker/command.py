@@ -20,6 +20,7 @@ from baton.engine.config import EngineConfig
 from baton.engine.progress import in_words, paced
 from baton.engine.sim import EngineKind, SimConfig, simulated
 from baton.errors import BatonError
+from baton.kv.spec import KVDtype, WeightFormat
 from baton.service import logging as service_logging
 from baton.service.settings import LogFormat, LogLevel, WorkerSettings
 from baton.service.status_line import StatusLine
@@ -73,6 +74,7 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         log_format=flags.log_format and LogFormat(flags.log_format),
         log_level=flags.log_level and LogLevel(flags.log_level),
     )
+    imports_prompts = role is Role.DECODE
     role = role or Role(flags.role)
     if not settings.worker_id:
         made = f"{role.value}-{socket.gethostname()}-{secrets.token_hex(3)}"
@@ -80,6 +82,9 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
     engine = EngineConfig(
         model=flags.model,
         dtype=flags.dtype,
+        weights=_format(flags.weights),
+        imports_prompts=imports_prompts,
+        prompt_weights=_format(flags.prompt_weights),
         device=flags.device,
         block_size_tokens=flags.block_size_tokens,
         kv_pool_tokens=flags.kv_pool_tokens,
@@ -143,7 +148,20 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
         default=EngineKind.TORCH.value,
         help="sim answers without the model's weights, from a simulated engine",
     )
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    add(
+        "--dtype",
+        choices=[each.value for each in KVDtype],
+        help="of activations and KV (default: the checkpoint's)",
+    )
+    formats = [each.value for each in WeightFormat]
+    add("--weights", choices=formats, help="how the weights are kept (default: in the dtype)")
+    parser.set_defaults(prompt_weights=None)
+    if role is Role.DECODE:
+        add(
+            "--prompt-weights",
+            choices=formats,
+            help="what --weights the prefill workers have; where it is not this worker's, it leaves prompts to them (default: none)",
+        )
     add("--device", choices=["cpu", "cuda"], default=defaults.device)
     add("--num-gpus", type=float, help="share of a GPU that Ray reserves (default: 1 with cuda)")
     add("--threads", type=int, help="CPU threads of the engine (default: all of this process's)")
@@ -156,11 +174,15 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _format(name: str | None) -> WeightFormat | None:
+    return None if name is None else WeightFormat(name)
+
+
 def banner(info: WorkerInfo) -> str:
     """One line: what runs, and where."""
     return (
         f"{info.role.value} worker {info.worker_id} serves {info.model} at {info.address} "
-        f"({info.device}, {info.spec.dtype.value}, {info.num_blocks} KV blocks of "
+        f"({info.device}, {info.arithmetic}, {info.num_blocks} KV blocks of "
         f"{info.block_size_tokens} tokens, context {info.max_context_tokens}; metrics at "
         f"{info.metrics_address}; pid {info.pid}; Baton {info.version})"
     )

@@ -113,6 +113,7 @@ def worker_status(report: MemberReport) -> WorkerStatus:
         state=_state(report),
         node=info.node,
         device=info.device,
+        weights=info.weight_format.value,
         version=info.version,
         member_s=report.member_s,
         heard_s=report.heard_s,

@@ -102,6 +102,8 @@ class WorkerStatus(_Documented):
     state: WorkerState
     node: str
     device: str
+    weights: str
+    """How it keeps the model's weights."""
     version: str
     member_s: float
     """How long it has been a member."""

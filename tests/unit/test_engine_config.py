@@ -9,7 +9,7 @@ import pytest
 from baton.engine.config import EngineConfig, ModelConfig, load_model_config, resolve
 from baton.engine.rope import Dynamic, Linear, Llama3, LongRope, RopeConfig, Yarn
 from baton.errors import ModelLoadError
-from baton.kv.spec import KVDtype
+from baton.kv.spec import KVDtype, WeightFormat
 
 LLAMA: Mapping[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -252,7 +252,12 @@ def test_resolving_fills_in_dtype_and_context_and_changes_nothing_else(tmp_path:
     given = EngineConfig(model="here", max_batch_tokens=64)
     resolved = resolve(given, model)
     expected = EngineConfig(
-        model="here", max_batch_tokens=64, dtype="bfloat16", max_context_tokens=2048
+        model="here",
+        max_batch_tokens=64,
+        dtype="bfloat16",
+        weights=WeightFormat.BFLOAT16,
+        prompt_weights=WeightFormat.BFLOAT16,
+        max_context_tokens=2048,
     )
     assert resolved == expected
     assert resolve(resolved, model) == resolved
@@ -296,3 +301,25 @@ def test_an_impossible_engine_config_is_refused_by_field(
     model = load(tmp_path, LLAMA)
     with pytest.raises(ModelLoadError, match=next(iter(changes))):
         resolve(EngineConfig(model="here", **changes), model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "prompts"),
+    [
+        ({}, "float32", "float32"),
+        ({"weights": WeightFormat.INT8}, "int8", "int8"),
+        ({"weights": WeightFormat.INT8, "imports_prompts": True}, "int8", "float32"),
+        (
+            {"imports_prompts": True, "prompt_weights": WeightFormat.BFLOAT16},
+            "float32",
+            "bfloat16",
+        ),
+    ],
+)
+def test_weight_formats_default_to_the_dtype_and_prompts_to_whoever_computes_them(
+    tmp_path: Path, changes: dict[str, object], own: str, prompts: str
+) -> None:
+    model = load(tmp_path, LLAMA, dtype="float32")
+    resolved = resolve(EngineConfig(model="here", **changes), model)  # type: ignore[arg-type]
+    assert resolved.weights is WeightFormat(own)
+    assert resolved.prompt_weights is WeightFormat(prompts)

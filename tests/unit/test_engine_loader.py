@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from baton.engine.config import EngineConfig, load_model_config
 from baton.engine.loader import find_checkpoint, fingerprint, load_decoder, open_checkpoint
 from baton.engine.runner import TorchRunner
+from baton.engine.weights import Matrices
 from baton.errors import ModelLoadError
+from baton.kv.spec import WeightFormat
 from tests import oracle
 
 WEIGHTS = "model.safetensors"
@@ -227,7 +229,7 @@ def test_loading_reports_every_byte(sharded: Path) -> None:
     load_decoder(
         checkpoint,
         config,
-        dtype=torch.float32,
+        Matrices(WeightFormat.FLOAT32, torch.float32),
         device=torch.device("cpu"),
         context_tokens=64,
         progress=lambda loaded, total: reports.append((loaded, total)),
