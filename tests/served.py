@@ -22,11 +22,16 @@ READY_S = 60.0
 MARK = "BATON_TEST_MARK"
 
 
-def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Waits for a condition; fails with its name."""
+def until(
+    condition: Callable[[], bool],
+    timeout_s: float,
+    what: str,
+    details: Callable[[], str] = str,
+) -> None:
+    """Waits for a condition; fails with its name, and with what is known of why."""
     end_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end_s, f"not within {timeout_s} s: {what}"
+        assert time.monotonic() < end_s, f"not within {timeout_s} s: {what}\n{details()}"
         time.sleep(0.02)
 
 

@@ -8,7 +8,6 @@ Prompts share a beginning, so that prefix caches have something to hold; some re
 import asyncio
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -72,13 +71,10 @@ class Watched:
 
 @contextmanager
 def watched_router(scheme: str = "http", **environ: str) -> Iterator[Watched]:
-    """A router without workers; `environ` sets more of it. Its HTTP port stays the same when it is started again."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = {"BATON_HTTP_LISTEN": f"127.0.0.1:{port}", "BATON_SESSION_STORE": "sqlite://"}
-    router = RouterProcess(settings | environ).start()
+    """A router without workers; `environ` sets more of it."""
+    router = RouterProcess({"BATON_SESSION_STORE": "sqlite://"} | environ, http=True).start()
     try:
-        yield Watched(router, f"{scheme}://127.0.0.1:{port}")
+        yield Watched(router, f"{scheme}://{router.http_address}")
     finally:
         router.end()
 

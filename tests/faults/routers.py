@@ -9,8 +9,9 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from types import MappingProxyType
-from typing import Self, TextIO
+from typing import Self
 
 from baton.engine.aio import AsyncEngine
 from baton.engine.sim import SimConfig, build_sim_engine
@@ -26,31 +27,47 @@ SIM = SimConfig(num_blocks=512, max_batch_tokens=256, step_s=0.01)
 
 
 class RouterProcess:
-    """`python -m router` on a port that stays the same when it is started again."""
+    """`python -m router`. It takes free ports, and those that clients know stay the same when it is started again."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        """`environ` is added to this process's."""
+    def __init__(self, environ: Mapping[str, str], *, http: bool = False) -> None:
+        """`environ` is added to this process's; `http` asks for an HTTP port."""
         self._environ = environ
+        self._http = http
         self.port = 0
+        self.http_port = 0
+        """0 where there is none."""
         self.metrics_port = 0
 
     def start(self) -> Self:
-        """Returns once it serves."""
-        with tempfile.TemporaryFile("a+") as log:
+        """Returns once it serves. Fails with what it said."""
+        command = [sys.executable, "-m", "router", "--listen", self.address]
+        if self._http:
+            command += ["--http", self.http_address]
+        with tempfile.NamedTemporaryFile(prefix="baton-router-") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "router", "--listen", self.address],
-                env={**os.environ, **self._environ},
-                stderr=log,
+                command, env={**os.environ, **self._environ}, stderr=log
             )
-            until(lambda: _ports(log) is not None or not self.running, START_S, "a router serves")
-            ports = _ports(log)
-        assert ports is not None, "the router ended before it served"
-        self.port, self.metrics_port = ports
+            # Not through `log`: the router writes at the place in the file that the two share.
+            said = Path(log.name)
+            try:
+                until(
+                    lambda: self._has_told_ports(said.read_text()),
+                    START_S,
+                    "a router serves",
+                    said.read_text,
+                )
+            except BaseException:
+                self.end()
+                raise
         return self
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def http_address(self) -> str:
+        return f"127.0.0.1:{self.http_port}"
 
     @property
     def pid(self) -> int:
@@ -72,12 +89,16 @@ class RouterProcess:
         self._process.kill()
         self._process.wait(10)
 
-
-def _ports(log: TextIO) -> tuple[int, int] | None:
-    """GRPC's and the metrics', once they are told."""
-    log.seek(0)
-    found = re.search(r"serving on port (\d+), .*metrics on port (\d+)", log.read())
-    return None if found is None else (int(found[1]), int(found[2]))
+    def _has_told_ports(self, said: str) -> bool:
+        """Takes them over, once they are all there. Fails where it has ended."""
+        assert self.running, f"the router ended before it served\n{said}"
+        grpc = re.search(r"serving on port (\d+), .*metrics on port (\d+)", said)
+        http = re.search(r"serving HTTP on port (\d+)", said) if self._http else None
+        if grpc is None or (self._http and http is None):
+            return False
+        self.port, self.metrics_port = int(grpc[1]), int(grpc[2])
+        self.http_port = int(http[1]) if http else 0
+        return True
 
 
 class Workers:
