@@ -1,12 +1,23 @@
-"""Fixtures for every test. The Ray cluster is started once a session, because starting one takes seconds."""
+"""Fixtures for every test. The Ray cluster is started once a session, because starting one takes seconds.
 
+Tests run in several processes, pytest-xdist's workers, of which each runs whole modules, in their order within a group:
+
+    ray     every module that starts a Ray cluster, one after the other: they share one, and keep the machine busy
+    others  each module a group of its own
+"""
+
+import gc
 from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
+
+TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +28,33 @@ def pytest_configure() -> None:
     # How long an example takes is the machine's business.
     settings.register_profile("untimed", deadline=None)
     settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups, the longest first, so that no worker ends long after the others."""
+    ranked: list[tuple[int, pytest.Item]] = []
+    for path, grouped in groupby(items, key=lambda item: item.path):
+        module = list(grouped)
+        marks = {mark.name for item in module for mark in item.iter_markers()}
+        rank = 0 if "ray" in marks else 1 if "e2e" in marks else 2
+        group = pytest.mark.xdist_group("ray" if rank == 0 else str(path.relative_to(TESTS)))
+        for item in module:
+            item.add_marker(group)
+            ranked.append((rank, item))
+    items[:] = [item for _, item in sorted(ranked, key=lambda each: each[0])]
+
+
+def pytest_collection_finish() -> None:
+    # What is alive now stays; the collections below need not look at it.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_nothing_open() -> Iterator[None]:
+    """A module answers itself for what it has left open: that is told when it is collected, as a warning, and warnings are errors."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Foreign routers over Baton's workers: one in this process that does by gRPC what such a router does, and `smg`, a real one."""
 
 import asyncio
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,6 +12,8 @@ import grpc
 import httpx
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
+
+from tests.ports import free_port
 
 READY_S = 30.0
 SMG = Path(sys.executable).with_name("smg")
@@ -111,7 +112,7 @@ async def smg(
     """
     workers = [flag for address in prefill for flag in ("--prefill", f"grpc://{address}")]
     workers += [flag for address in decode for flag in ("--decode", f"grpc://{address}")]
-    port, metrics_port = _free_ports(2)
+    port, metrics_port = free_port(), free_port()
     listen = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)]
     command = [str(SMG), "launch", "--pd-disaggregation", *workers, *listen, "--disable-retries"]
     with log.open("wb") as out:
@@ -134,11 +135,3 @@ async def _serves(client: httpx.AsyncClient, model: str) -> bool:
         return (await client.post("/v1/completions", json=question)).is_success
     except httpx.TransportError:
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -1,6 +1,7 @@
 """A Prometheus and an Alertmanager of the tests' own, as processes on free ports, gone at the end; and Debian's `promtool`."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.faults.proxy import free_port
 from tests.served import until
 
 START_S = 30.0
@@ -88,17 +88,14 @@ def prometheus(
         config["alerting"] = {"alertmanagers": targets}
     path = directory / "prometheus.yaml"
     path.write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
     command = [
         program("prometheus", "prometheus"),
         f"--config.file={path}",
         f"--storage.tsdb.path={directory / 'tsdb'}",
-        f"--web.listen-address={address}",
     ]
-    url = f"http://{address}"
     with (
-        _running(command, directory / "prometheus.log", f"{url}/-/ready"),
-        httpx.Client(base_url=url, timeout=20) as http,
+        _running(command, directory / "prometheus.log") as address,
+        httpx.Client(base_url=f"http://{address}", timeout=20) as http,
     ):
         yield Prometheus(http)
 
@@ -112,15 +109,13 @@ def alertmanager(directory: Path, webhook: str) -> Iterator[str]:
     }
     path = directory / "alertmanager.yaml"
     path.write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
     command = [
         program("prometheus-alertmanager", "prometheus-alertmanager"),
         f"--config.file={path}",
         f"--storage.path={directory / 'alertmanager'}",
-        f"--web.listen-address={address}",
         "--cluster.listen-address=",
     ]
-    with _running(command, directory / "alertmanager.log", f"http://{address}/-/ready"):
+    with _running(command, directory / "alertmanager.log") as address:
         yield address
 
 
@@ -150,19 +145,25 @@ def webhook() -> Iterator[tuple[str, "SimpleQueue[dict[str, Any]]"]]:
 
 
 @contextmanager
-def _running(command: Sequence[str], log: Path, ready: str) -> Iterator[None]:
+def _running(command: Sequence[str], log: Path) -> Iterator[str]:
+    """Yields its address, at a port that it takes itself, once it is ready."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
+        listen = "--web.listen-address=127.0.0.1:0"
+        process = subprocess.Popen([*command, listen], stdout=out, stderr=out)
 
-    def answers() -> bool:
+    def address() -> str:
+        told = re.search(r'Listening on".* address=(\S+)', log.read_text())
+        return told[1] if told else ""
+
+    def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
         with suppress(httpx.TransportError):
-            return httpx.get(ready, timeout=5).is_success
+            return bool(address()) and httpx.get(f"http://{address()}/-/ready").is_success
         return False
 
     try:
-        until(answers, START_S, f"{command[0]} is ready")
-        yield
+        until(is_ready, START_S, f"{command[0]} is ready", log.read_text)
+        yield address()
     finally:
         process.kill()
         process.wait(10)

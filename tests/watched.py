@@ -72,7 +72,7 @@ class Watched:
 @contextmanager
 def watched_router(scheme: str = "http", **environ: str) -> Iterator[Watched]:
     """A router without workers; `environ` sets more of it."""
-    router = RouterProcess({"BATON_SESSION_STORE": "sqlite://"} | environ, http=True).start()
+    router = RouterProcess(environ, http=True).start()
     try:
         yield Watched(router, f"{scheme}://{router.http_address}")
     finally:

@@ -1,6 +1,5 @@
 """What `baton serve` runs: the resolved form of its command line. Torch-free and Ray-free."""
 
-import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -8,9 +7,10 @@ from enum import Enum
 from pathlib import Path
 
 import baton
+from baton.cli.ports import bind
 from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
-from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
+from baton.errors import FieldViolation, InvalidRequestError
 from baton.kv.spec import WeightFormat
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy, WorkerSettings
 from baton.types import Role
@@ -125,8 +125,8 @@ def with_ports(config: ServeConfig) -> ServeConfig:
     taken, `InvalidRequestError` where the HTTP address is none.
     """
     with ExitStack() as held:
-        ports = [_bind(config.host, port, held) for port in (config.port, config.metrics_port)]
-        fleet_port = _bind(LOOPBACK, config.fleet_port, held)
+        ports = [bind(config.host, port, held) for port in (config.port, config.metrics_port)]
+        fleet_port = bind(LOOPBACK, config.fleet_port, held)
         http = _bound(config.http, held) if config.http else ""
     return replace(
         config,
@@ -142,16 +142,4 @@ def _bound(listen: str, held: ExitStack) -> str:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidRequestError(FieldViolation("--http", "must be HOST:PORT"))
-    return f"{host}:{_bind(host, int(port), held)}"
-
-
-def _bind(host: str, port: int, held: ExitStack) -> int:
-    probe = held.enter_context(socket.socket())
-    # As servers do: connections of an earlier run that still linger do not count.
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind((host, port))
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    bound: int = probe.getsockname()[1]
-    return bound
+    return f"{host}:{bind(host, int(port), held)}"

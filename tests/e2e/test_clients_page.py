@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from baton.types import Role
-from tests.faults.proxy import free_port
+from tests.ports import free_port
 from tests.served import Served, served
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ from baton.service.settings import WorkerSettings
 from baton.types import Role
 from baton.worker.actor import RunningWorker
 from tests.faults.actors import ActorFleet
-from tests.faults.proxy import Proxy, free_port
+from tests.faults.proxy import Proxy
+from tests.ports import free_port
 
 ADVERTISED = "127.0.0.2"
 

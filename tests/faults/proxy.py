@@ -5,7 +5,6 @@ arrives, as TCP would have sent it again.
 """
 
 import asyncio
-import socket
 from contextlib import suppress
 from typing import Self
 
@@ -80,10 +79,3 @@ class Proxy:
                 sink.write(data)
                 await sink.drain()
         await self._passes.wait()
-
-
-def free_port() -> int:
-    """One that was free a moment ago on every loopback address."""
-    with socket.socket() as bound:
-        bound.bind(("0.0.0.0", 0))  # noqa: S104 - nothing listens on it
-        return int(bound.getsockname()[1])

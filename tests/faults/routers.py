@@ -20,6 +20,7 @@ from baton.transfer.credits import ByteCredits
 from baton.transfer.memory import MemorySources, MemoryTransport
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
+from tests.ports import free_port
 from tests.served import until
 
 START_S = 40.0
@@ -27,21 +28,20 @@ SIM = SimConfig(num_blocks=512, max_batch_tokens=256, step_s=0.01)
 
 
 class RouterProcess:
-    """`python -m router`. It takes free ports, and those that clients know stay the same when it is started again."""
+    """`python -m router`. The ports that clients know stay the same when it is started again."""
 
     def __init__(self, environ: Mapping[str, str], *, http: bool = False) -> None:
-        """`environ` is added to this process's; `http` asks for an HTTP port."""
-        self._environ = environ
-        self._http = http
-        self.port = 0
-        self.http_port = 0
+        """`environ` is added to this process's, sessions are kept in memory but where it says otherwise; `http` asks for an HTTP port."""
+        self._environ = {"BATON_SESSION_STORE": "sqlite://", **environ}
+        self.port = free_port()
+        self.http_port = free_port() if http else 0
         """0 where there is none."""
         self.metrics_port = 0
 
     def start(self) -> Self:
         """Returns once it serves. Fails with what it said."""
         command = [sys.executable, "-m", "router", "--listen", self.address]
-        if self._http:
+        if self.http_port:
             command += ["--http", self.http_address]
         with tempfile.NamedTemporaryFile(prefix="baton-router-") as log:
             self._process = subprocess.Popen(
@@ -51,7 +51,7 @@ class RouterProcess:
             said = Path(log.name)
             try:
                 until(
-                    lambda: self._has_told_ports(said.read_text()),
+                    lambda: self._serves(said.read_text()),
                     START_S,
                     "a router serves",
                     said.read_text,
@@ -89,15 +89,13 @@ class RouterProcess:
         self._process.kill()
         self._process.wait(10)
 
-    def _has_told_ports(self, said: str) -> bool:
-        """Takes them over, once they are all there. Fails where it has ended."""
+    def _serves(self, said: str) -> bool:
+        """Notes those that it has drawn. Fails where it has ended."""
         assert self.running, f"the router ended before it served\n{said}"
-        grpc = re.search(r"serving on port (\d+), .*metrics on port (\d+)", said)
-        http = re.search(r"serving HTTP on port (\d+)", said) if self._http else None
-        if grpc is None or (self._http and http is None):
+        grpc = re.search(r"serving on port \d+, .*metrics on port (\d+)", said)
+        if grpc is None or (self.http_port and "serving HTTP on port" not in said):
             return False
-        self.port, self.metrics_port = int(grpc[1]), int(grpc[2])
-        self.http_port = int(http[1]) if http else 0
+        self.metrics_port = int(grpc[1])
         return True
 
 

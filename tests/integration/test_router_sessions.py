@@ -3,7 +3,6 @@ turn's answer is right only where its whole history was.
 """
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -29,18 +28,13 @@ from baton.service.settings import WorkerSettings
 from router.app import RouterApp
 from router.text import Tokenizer
 from tests.integration.router_fakes import SETTINGS
+from tests.ports import free_port
 from tests.worker_rig import SIM, worker_pair
 
 GREEDY = SamplingOptions(max_tokens=20, temperature=0.0, ignore_eos=True)
 SLOW = SamplingOptions(max_tokens=400, temperature=0.0, ignore_eos=True)
 FIRST = tuple(range(1, 101))
 SECOND = tuple(range(101, 181))
-
-
-def free_port() -> int:
-    """One that nobody listens on now; a router that starts again comes back to it."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class House:
