@@ -5,8 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
-MAKEFLAGS += --no-builtin-rules
+MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -20,8 +19,11 @@ CODE := baton router prefill_worker decode_worker flex_worker tests benchmarks t
 PROSE := README.md CONTRIBUTING.md CHANGELOG.md docs
 
 ARGS ?=
+# How many things are done at once: installers, and most tests, wait more than they compute.
+JOBS ?= 3
+AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check pytest system-packages dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,9 +35,12 @@ demo: $(VENV)/.worker ## Ask the shipped model several questions at once, with p
 serve: $(VENV)/.worker ## Serve a model on this machine until Ctrl-C
 	@$(BIN)/baton serve $(ARGS)
 
-test: check pytest ## Everything CI checks: style, types, import rules, spelling, protos, tests
+test: ## Everything CI checks: style, types, import rules, spelling, protos, tests
+	@$(MAKE) $(AT_ONCE) check ready
+	@$(MAKE) pytest
 
-presubmit: fmt test ## Format, then test: run before each commit
+presubmit: fmt ## Format, then test: run before each commit
+	@$(MAKE) test
 
 # The comparison with AIPerf installs a gigabyte, and is run by its own name.
 bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
@@ -97,9 +102,13 @@ protos-check: $(VENV)/.dev
 dashboards: $(VENV)/.dev ## Write the Grafana dashboards from monitoring/
 	@$(BIN)/python -m monitoring
 
-pytest: $(VENV)/.dev system-packages node-modules checkov
+# What tests need.
+ready: $(VENV)/.dev checkov system-packages node-modules
+
+# Modules are spread over processes, see tests/conftest.py; ARGS='-n 0' runs all in one.
+pytest: ready
 	@echo "== pytest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Servers that tests start, as command:package. A test that can neither find nor install its server says what to do.
 SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium kubectl:kubectl
