@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
@@ -25,8 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    # How long an example takes is the machine's business.
-    settings.register_profile("untimed", deadline=None)
+    # How long an example takes, to make and to try, is the machine's business.
+    settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.load_profile("untimed")
 
 
