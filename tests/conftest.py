@@ -2,7 +2,7 @@
 
 Tests run in several processes, pytest-xdist's workers, of which each runs whole modules, in their order within a group:
 
-    ray     every module that starts a Ray cluster, one after the other: they share one, and keep the machine busy
+    ray     modules that use the shared cluster, and all that break workers over Ray: one after the other, for they keep the machine busy
     others  each module a group of its own
 """
 
@@ -37,11 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranked: list[tuple[int, pytest.Item]] = []
     for path, grouped in groupby(items, key=lambda item: item.path):
         module = list(grouped)
+        name = path.relative_to(TESTS).as_posix()
         marks = {mark.name for item in module for mark in item.iter_markers()}
-        rank = 0 if "ray" in marks else 1 if "e2e" in marks else 2
-        group = pytest.mark.xdist_group("ray" if rank == 0 else str(path.relative_to(TESTS)))
+        functions = [item for item in module if isinstance(item, pytest.Function)]
+        fixtures = {fixture for item in functions for fixture in item.fixturenames}
+        over_ray = "ray" in marks and name.startswith(("contract/", "faults/"))
+        in_ray = over_ray or "ray_cluster" in fixtures
+        rank = 0 if in_ray else 1 if marks & {"ray", "e2e"} else 2
         for item in module:
-            item.add_marker(group)
+            item.add_marker(pytest.mark.xdist_group("ray" if in_ray else name))
             ranked.append((rank, item))
     items[:] = [item for _, item in sorted(ranked, key=lambda each: each[0])]
 
