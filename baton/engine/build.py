@@ -15,9 +15,9 @@ def build_engine(config: EngineConfig | SimConfig, progress: Progress | None = N
 
 def build_torch_engine(config: EngineConfig, progress: Progress | None = None) -> PagedEngine:
     """As `build_engine`."""
-    from baton.engine.runner import TorchRunner  # noqa: PLC0415 - imports torch
+    from baton.engine.runner import ModelRunner  # noqa: PLC0415 - imports torch
 
-    runner = TorchRunner(config, progress=progress)
+    runner = ModelRunner(config, progress=progress)
     runner.warm_up()
     return PagedEngine(
         runner,

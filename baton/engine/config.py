@@ -97,6 +97,8 @@ class EngineConfig:
     """Longest sequence; None is the model's trained context."""
     threads: int | None = None
     """CPU threads of the engine; None is torch's choice."""
+    kernels: str | None = None
+    """What computes: `torch`, or `native`, compiled for some CPUs and models; None is native where it can be."""
     prefix_cache: bool = True
     kv_cache: bool = True
     """Off recomputes every token in each step: for the benchmark that shows what the cache buys."""
@@ -116,6 +118,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             raise ModelLoadError(config.model, f"{name} must be at least 1, not {value}")
     if config.device not in {"cpu", "cuda"}:
         raise ModelLoadError(config.model, f"device must be cpu or cuda, not {config.device!r}")
+    if config.kernels not in {None, "torch", "native"}:
+        raise ModelLoadError(config.model, f"kernels must be torch or native, not {config.kernels!r}")
     dtypes = [dtype.value for dtype in KVDtype]
     if config.dtype is not None and config.dtype not in dtypes:
         raise ModelLoadError(

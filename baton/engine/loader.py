@@ -7,11 +7,11 @@ a `ModelLoadError` that names the file. Called by the engine thread, while the r
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import huggingface_hub
 import torch
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from baton.engine.config import ModelConfig
 from baton.engine.fields import Fields, read_fields
-from baton.engine.model import Decoder
 from baton.engine.progress import Progress
-from baton.engine.weights import Matrices, build_decoder, expected_shapes, tensor_prefix
+from baton.engine.weights import TensorSource, expected_shapes, tensor_prefix
 from baton.errors import ModelLoadError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER_BYTES = 100_000_000
+BuiltT = TypeVar("BuiltT")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -133,16 +133,17 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)
 
 
-def load_decoder(
+def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    matrices: Matrices,
+    build: Callable[[TensorSource, str], BuiltT],
     *,
     device: torch.device,
-    context_tokens: int,
     progress: Progress | None = None,
-) -> Decoder:
-    """Checks names, dtypes and shapes, then loads tensor by tensor, with a report after each."""
+) -> BuiltT:
+    """Checks names, dtypes and shapes, then has `build` take tensor by tensor, with a report after each; it is given their source, and
+    what their names begin with.
+    """
     prefix = tensor_prefix(config, checkpoint.tensors)
     wanted = expected_shapes(config, prefix)
     for name, shape in wanted.items():
@@ -181,7 +182,7 @@ def load_decoder(
 
     with ExitStack() as stack:
         files = _OpenFiles(stack)
-        return build_decoder(config, tensor, matrices, prefix=prefix, context_tokens=context_tokens)
+        return build(tensor, prefix)
 
 
 class _OpenFiles:

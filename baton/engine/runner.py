@@ -1,4 +1,4 @@
-"""The torch runner: a model and its KV pool, computing the engine's batches. See `baton.engine.batch.Runner`.
+"""The runner of real models: loads one, has a backend compute the engine's batches, and samples. See `baton.engine.batch.Runner`.
 
 Built and used by one thread, the engine's. Torch's thread count is set there, since it is that thread's own.
 """
@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
-from baton.engine.attention import plan_batch
+from baton.engine.backends import load_model
 from baton.engine.base import EngineInfo
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.config import EngineConfig, load_model_config, resolve
-from baton.engine.loader import find_checkpoint, fingerprint, load_decoder, open_checkpoint
+from baton.engine.loader import find_checkpoint, fingerprint, open_checkpoint
 from baton.engine.memory import free_memory_bytes
 from baton.engine.progress import Progress
 from baton.engine.sampling import sample
-from baton.engine.weights import Matrices
 from baton.errors import ModelLoadError
-from baton.kv.pool import TORCH_DTYPES, KVPool, size_pool
+from baton.kv.pool import size_pool
 from baton.kv.spec import KVDtype, KVSpec, SealedKV
 from baton.types import SamplingParams
 
@@ -30,7 +29,7 @@ CUDA the rest is for activations."""
 WARM_UP_TOKENS = 64
 
 
-class TorchRunner:
+class ModelRunner:
     """Implements `Runner`."""
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
@@ -47,43 +46,28 @@ class TorchRunner:
             )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        kv_dtype = KVDtype(config.dtype)
-        self._device, self._dtype = torch.device(config.device), TORCH_DTYPES[kv_dtype]
-        self._windows = frozenset(model.windows)
         checkpoint = open_checkpoint(directory)
-        with torch.inference_mode():
-            self._decoder = load_decoder(
-                checkpoint,
-                model,
-                Matrices(config.weights, self._dtype),
-                device=self._device,
-                context_tokens=config.max_context_tokens,
-                progress=progress,
-            )
         spec = KVSpec(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=kv_dtype,
+            dtype=KVDtype(config.dtype),
             position_scheme=model.position_scheme(config.max_context_tokens),
             model_fingerprint=fingerprint(checkpoint),
             weights=config.prompt_weights,
         )
-        num_blocks = size_pool(
-            kv_pool_tokens=config.kv_pool_tokens,
-            free_bytes=int(_POOL_SHARE[config.device] * free_memory_bytes(config.device)),
-            token_bytes=spec.token_bytes,
-            block_size_tokens=config.block_size_tokens,
-            most_tokens=config.max_running * config.max_context_tokens,
-        )
-        if num_blocks == 0:
-            raise ModelLoadError(config.model, "no memory is left for the KV pool")
-        self._pool = KVPool(
-            spec,
-            num_blocks=num_blocks,
-            block_size_tokens=config.block_size_tokens,
-            device=config.device,
-        )
+        with torch.inference_mode():
+            loaded = load_model(config, model, checkpoint, progress)
+            num_blocks = size_pool(
+                kv_pool_tokens=config.kv_pool_tokens,
+                free_bytes=int(_POOL_SHARE[config.device] * free_memory_bytes(config.device)),
+                token_bytes=spec.token_bytes,
+                block_size_tokens=config.block_size_tokens,
+                most_tokens=config.max_running * config.max_context_tokens,
+            )
+            if num_blocks == 0:
+                raise ModelLoadError(config.model, "no memory is left for the KV pool")
+            self._backend = loaded(spec, num_blocks)
         self._info = EngineInfo(
             model=directory.resolve().name if Path(config.model).is_dir() else config.model,
             spec=spec,
@@ -106,19 +90,12 @@ class TorchRunner:
         if not rows:
             return results
         with torch.inference_mode():
-            plan = plan_batch(
-                rows,
-                block_size=self._info.block_size_tokens,
-                windows=self._windows,
-                dtype=self._dtype,
-                device=self._device,
-            )
-            logits = self._decoder(plan, self._pool)
-            if not plan.sampled_rows:
+            logits = self._backend.compute(rows)
+            inputs = [row.sample for row in (rows[i] for i in logits.rows) if row.sample]
+            if not inputs:
                 return results
-            inputs = [row.sample for row in (rows[i] for i in plan.sampled_rows) if row.sample]
-            chosen = sample(logits, inputs, self._info.eos_token_ids)
-        for row, token in zip(plan.sampled_rows, chosen, strict=True):
+            chosen = sample(logits.values, inputs, self._info.eos_token_ids)
+        for row, token in zip(logits.rows, chosen, strict=True):
             results[row] = token
         return results
 
@@ -136,8 +113,8 @@ class TorchRunner:
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         with torch.inference_mode():
-            return self._pool.read_kv(block_table, first, last)
+            return self._backend.read_kv(block_table, first, last)
 
     def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
         with torch.inference_mode():
-            self._pool.write_kv(block_table, first, kv)
+            self._backend.write_kv(block_table, first, kv)

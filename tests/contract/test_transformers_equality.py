@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from baton.engine.config import EngineConfig
-from baton.engine.runner import TorchRunner
+from baton.engine.runner import ModelRunner
 from tests import oracle
 
 NEW_TOKENS = 64
@@ -31,13 +31,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return get
 
 
-def runner_of(path: Path, **changes: object) -> TorchRunner:
+def runner_of(path: Path, **changes: object) -> ModelRunner:
     fields = {"dtype": "float32", "kv_pool_tokens": 4096, "threads": 1, **changes}
-    return TorchRunner(EngineConfig(model=str(path), **fields))  # type: ignore[arg-type]
+    return ModelRunner(EngineConfig(model=str(path), **fields))  # type: ignore[arg-type]
 
 
 def check(
-    runner: TorchRunner, reference: oracle.Oracle, lengths: tuple[int, ...], chunk: int
+    runner: ModelRunner, reference: oracle.Oracle, lengths: tuple[int, ...], chunk: int
 ) -> None:
     prompts = [oracle.prompt_of(length) for length in lengths]
     expected = [reference.generate(prompt, NEW_TOKENS) for prompt in prompts]

@@ -8,7 +8,7 @@ import torch
 
 from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
-from baton.engine.runner import TorchRunner
+from baton.engine.runner import ModelRunner
 from tests import oracle
 
 pytestmark = [
@@ -17,9 +17,9 @@ pytestmark = [
 ]
 
 
-def runner_of(path: Path, **changes: object) -> TorchRunner:
+def runner_of(path: Path, **changes: object) -> ModelRunner:
     fields: dict[str, object] = {"device": "cuda", "dtype": "float32", "kv_pool_tokens": 4096}
-    return TorchRunner(EngineConfig(model=str(path), **{**fields, **changes}))  # type: ignore[arg-type]
+    return ModelRunner(EngineConfig(model=str(path), **{**fields, **changes}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", oracle.ARCHITECTURES)

@@ -11,7 +11,7 @@ from baton.engine.base import EngineRequest, Mode, Preempted, Reserved, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
-from baton.engine.runner import TorchRunner
+from baton.engine.runner import ModelRunner
 from baton.kv.checksum import sealed
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 
@@ -229,6 +229,6 @@ def test_without_a_kv_cache_the_tokens_are_the_same(
     checkpoint: Path, reference: Callable[[tuple[int, ...], SamplingParams], list[int]]
 ) -> None:
     config = EngineConfig(model=str(checkpoint), dtype="float32", kv_pool_tokens=1024, threads=1)
-    engine = PagedEngine(TorchRunner(config), max_batch_tokens=1, max_running=1, kv_cache=False)
+    engine = PagedEngine(ModelRunner(config), max_batch_tokens=1, max_running=1, kv_cache=False)
     engine.add(request("r", prompt_of(63), GREEDY, Mode.LOCAL))
     assert drain(engine)["r"] == reference(prompt_of(63), GREEDY)

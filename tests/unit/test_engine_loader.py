@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.engine.config import EngineConfig, load_model_config
-from baton.engine.loader import find_checkpoint, fingerprint, load_decoder, open_checkpoint
-from baton.engine.runner import TorchRunner
-from baton.engine.weights import Matrices
+from baton.engine.loader import find_checkpoint, fingerprint, load_weights, open_checkpoint
+from baton.engine.runner import ModelRunner
+from baton.engine.weights import Matrices, build_decoder
 from baton.errors import ModelLoadError
 from baton.kv.spec import WeightFormat
 from tests import oracle
@@ -38,9 +38,9 @@ def copy_of(path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "copy"))
 
 
-def load(path: Path, **changes: object) -> TorchRunner:
+def load(path: Path, **changes: object) -> ModelRunner:
     config = EngineConfig(model=str(path), kv_pool_tokens=64, threads=1, **changes)  # type: ignore[arg-type]
-    return TorchRunner(config)
+    return ModelRunner(config)
 
 
 def refused(path: Path, **changes: object) -> ModelLoadError:
@@ -226,12 +226,14 @@ def test_an_index_that_names_no_file_of_the_checkpoint_is_refused(
 def test_loading_reports_every_byte(sharded: Path) -> None:
     config, reports = load_model_config(sharded), list[tuple[int, int]]()
     checkpoint = open_checkpoint(sharded)
-    load_decoder(
+    matrices = Matrices(WeightFormat.FLOAT32, torch.float32)
+    load_weights(
         checkpoint,
         config,
-        Matrices(WeightFormat.FLOAT32, torch.float32),
+        lambda tensor, prefix: build_decoder(
+            config, tensor, matrices, prefix=prefix, context_tokens=64
+        ),
         device=torch.device("cpu"),
-        context_tokens=64,
         progress=lambda loaded, total: reports.append((loaded, total)),
     )
     total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())

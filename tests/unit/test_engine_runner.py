@@ -9,7 +9,7 @@ import torch
 from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
 from baton.engine.memory import free_memory_bytes
-from baton.engine.runner import TorchRunner
+from baton.engine.runner import ModelRunner
 from baton.errors import ModelLoadError
 from baton.kv.checksum import sealed
 from tests import oracle
@@ -20,9 +20,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return oracle.save(oracle.llama, tmp_path_factory.mktemp("runner") / "tiny")
 
 
-def runner_of(path: Path, **changes: object) -> TorchRunner:
+def runner_of(path: Path, **changes: object) -> ModelRunner:
     fields: dict[str, object] = {"kv_pool_tokens": 1024, "threads": 1, **changes}
-    return TorchRunner(EngineConfig(model=str(path), **fields))  # type: ignore[arg-type]
+    return ModelRunner(EngineConfig(model=str(path), **fields))  # type: ignore[arg-type]
 
 
 def test_info_says_what_is_served(checkpoint: Path) -> None:

@@ -1,0 +1,179 @@
+"""The compiled kernels, as `ctypes` sees them. Calls release Python's lock.
+
+The structures mirror `src/decoder.h`. Loaded once per process, on the engine's thread.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
+"""What the kernels use of the processor, by the kernel's names."""
+PANEL = 32
+"""Outputs of a panel: `src/gemm.h`."""
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+class Format(IntEnum):
+    """How numbers are stored."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+
+
+class Matrix(Structure):
+    """`n` outputs of `k` inputs, packed."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+    )
+
+
+class Layer(Structure):
+    """One layer's weights."""
+
+    _fields_ = (
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("scale", c_float),
+        ("window", c_int32),
+    )
+
+
+class Model(Structure):
+    """All weights and sizes."""
+
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("norm", c_void_p),
+        ("frequencies", c_void_p),
+        ("rope_scale", c_float),
+        ("norm_eps", c_float),
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("inner", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("vocab", c_int32),
+        ("weights", c_int32),
+        ("kv", c_int32),
+    )
+
+
+class Pool(Structure):
+    """The KV blocks' memory."""
+
+    _fields_ = (("data", c_void_p), ("num_blocks", c_int32), ("block_size", c_int32))
+
+
+class Batch(Structure):
+    """One step's rows: addresses of int32 arrays and of the logits."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("rows", c_void_p),
+        ("tables", c_void_p),
+        ("sampled", c_void_p),
+        ("logits", c_void_p),
+        ("num_tokens", c_int32),
+        ("num_rows", c_int32),
+        ("num_sampled", c_int32),
+    )
+
+
+class Library:
+    """The functions of `src/api.cpp`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where it can't be loaded."""
+        self._code = ctypes.CDLL(str(path))
+        declared = {
+            "baton_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
+            "baton_pack": (None, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+            "baton_allocate": (c_void_p, [c_int64]),
+            "baton_free": (None, [c_void_p, c_int64]),
+            "baton_engine": (c_void_p, [POINTER(Model), POINTER(Pool), c_int32, c_char_p]),
+            "baton_engine_free": (None, [c_void_p]),
+            "baton_step": (None, [c_void_p, POINTER(Batch)]),
+            "baton_read_kv": (None, [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p]),
+            "baton_write_kv": (None, [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p]),
+        }
+        for name, (result, arguments) in declared.items():
+            function = getattr(self._code, name)
+            function.restype, function.argtypes = result, arguments
+
+    def packed_bytes(self, form: Format, n: int, k: int) -> int:
+        return int(self._code.baton_packed_bytes(form, n, k))
+
+    def pack(self, form: Format, rows: int, scales: int | None, n: int, k: int, out: int, out_scales: int | None) -> None:
+        self._code.baton_pack(form, rows, scales, n, k, out, out_scales)
+
+    def allocate(self, num_bytes: int) -> int:
+        """Zero memory. Raises MemoryError."""
+        address = self._code.baton_allocate(num_bytes)
+        if not address:
+            raise MemoryError(f"{num_bytes} bytes")
+        return int(address)
+
+    def free(self, address: int, num_bytes: int) -> None:
+        self._code.baton_free(address, num_bytes)
+
+    def engine(self, model: Model, pool: Pool, threads: int, cores_path: str | None) -> int | None:
+        """An engine's address; None where the model's formats are no combination that is compiled. Everything that `model` and `pool`
+        point to must outlive it.
+        """
+        path = None if cores_path is None else cores_path.encode()
+        address = self._code.baton_engine(byref(model), byref(pool), threads, path)
+        return int(address) if address else None
+
+    def free_engine(self, engine: int) -> None:
+        self._code.baton_engine_free(engine)
+
+    def step(self, engine: int, batch: Batch) -> None:
+        self._code.baton_step(engine, byref(batch))
+
+    def read_kv(self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int) -> None:
+        self._code.baton_read_kv(engine, plane, layer, table, first, last, wire)
+
+    def write_kv(self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int) -> None:
+        self._code.baton_write_kv(engine, plane, layer, table, first, last, wire)
+
+
+@cache
+def find_library() -> Library | None:
+    """None where the kernels were not compiled at installation, or this processor lacks what they use."""
+    if not processor_flags() >= NEEDED:
+        return None
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_kernels{suffix}"
+        if path.exists():
+            return Library(path)
+    return None
+
+
+def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """What the processor can do; empty where that is not told."""
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()

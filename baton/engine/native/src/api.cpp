@@ -1,0 +1,112 @@
+// What Python calls, through ctypes and so without its lock. One thread at a time calls into one engine.
+
+#include "decoder.h"
+#include "transport.h"
+
+using namespace baton;
+
+namespace {
+
+struct Engine {
+  Engine(int threads, const char* cores) : team(threads, cores) {}
+  virtual ~Engine() = default;
+  virtual void step(const BatonBatch& batch) = 0;
+  Team team;
+  BatonModel model;
+  KvShape kv;
+  char* pool;
+};
+
+template <class W, class C>
+struct EngineOf final : Engine {
+  EngineOf(const BatonModel& m, const BatonPool& p, int threads, const char* cores)
+      : Engine(threads, cores), layers(m.layers, m.layers + m.num_layers), decoder(with(m, layers.data()), p, team) {
+    model = with(m, layers.data());
+    kv = {m.num_heads, m.num_kv_heads, m.head_dim, p.block_size, p.num_blocks, C::VALUES};
+    pool = static_cast<char*>(p.data);
+  }
+  static BatonModel with(BatonModel m, BatonLayer* layers) {
+    m.layers = layers;
+    return m;
+  }
+  void step(const BatonBatch& batch) override { decoder.step(batch); }
+  std::vector<BatonLayer> layers;
+  Decoder<W, C> decoder;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of a packed matrix.
+int64_t baton_packed_bytes(int32_t format, int64_t n, int64_t k) {
+  const int64_t panels = (n + PANEL - 1) / PANEL;
+  const int64_t lanes = format == FORMAT_F32 ? k : format == FORMAT_BF16 ? (k + 1) / 2 : (k + GROUP - 1) / GROUP * GROUP_STEPS;
+  return panels * lanes * 4 * PANEL;
+}
+
+// Packs rows [n, k] of float32, bfloat16 or int8 (with its scales [n, groups], which are packed too).
+void baton_pack(int32_t format, const void* rows, const uint16_t* row_scales, int64_t n, int64_t k, void* packed, uint16_t* scales) {
+  const int64_t panels = (n + PANEL - 1) / PANEL;
+  const int64_t row_bytes = k * (format == FORMAT_F32 ? 4 : format == FORMAT_BF16 ? 2 : 1);
+  const int64_t lanes = baton_packed_bytes(format, PANEL, k) / (4 * PANEL);
+  const char* from = static_cast<const char*>(rows);
+  uint32_t* to = static_cast<uint32_t*>(packed);
+  // 8-bit weights are stored with 128 added.
+  const uint32_t flip = format == FORMAT_I8 ? 0x80808080u : 0;
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t j = 0; j < PANEL; ++j) {
+      const int64_t row = p * PANEL + j;
+      for (int64_t s = 0; s < lanes; ++s) {
+        uint32_t lane = 0;
+        if (row < n) std::memcpy(&lane, from + row * row_bytes + s * 4, std::clamp<int64_t>(row_bytes - s * 4, 0, 4));
+        to[(p * lanes + s) * PANEL + j] = lane ^ flip;
+      }
+    }
+  if (format != FORMAT_I8) return;
+  const int64_t groups = lanes / GROUP_STEPS;
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t j = 0; j < PANEL; ++j) {
+        const int64_t row = p * PANEL + j;
+        scales[(p * groups + g) * PANEL + j] = row < n ? row_scales[row * groups + g] : 0;
+      }
+}
+
+// Memory in large pages, zero; null where there is none.
+void* baton_allocate(int64_t bytes) {
+  void* at = mmap(nullptr, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return nullptr;
+  madvise(at, (size_t)bytes, MADV_HUGEPAGE);
+  return at;
+}
+
+void baton_free(void* at, int64_t bytes) { munmap(at, (size_t)bytes); }
+
+// Null where the combination of formats is not built.
+void* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores) {
+  switch (model->weights * 4 + model->kv) {
+    case FORMAT_F32 * 4 + FORMAT_F32: return new EngineOf<F32, F32>(*model, *pool, threads, cores);
+    case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<BF16, BF16>(*model, *pool, threads, cores);
+    case FORMAT_I8 * 4 + FORMAT_F32: return new EngineOf<I8, F32>(*model, *pool, threads, cores);
+    case FORMAT_I8 * 4 + FORMAT_BF16: return new EngineOf<I8, BF16>(*model, *pool, threads, cores);
+    default: return nullptr;
+  }
+}
+
+void baton_engine_free(void* engine) { delete static_cast<Engine*>(engine); }
+
+void baton_step(void* engine, const BatonBatch* batch) { static_cast<Engine*>(engine)->step(*batch); }
+
+// Tokens [first, last) of a sequence between the pool and a wire plane [tokens, KV heads, D]; `plane` 0 holds keys, 1 values.
+void baton_read_kv(void* engine, int32_t plane, int32_t layer, const int32_t* table, int32_t first, int32_t last, void* wire) {
+  Engine& e = *static_cast<Engine*>(engine);
+  move_kv<true>(e.kv, e.pool, e.model.num_layers, plane, layer, table, first, last, static_cast<char*>(wire));
+}
+
+void baton_write_kv(void* engine, int32_t plane, int32_t layer, const int32_t* table, int32_t first, int32_t last, void* wire) {
+  Engine& e = *static_cast<Engine*>(engine);
+  move_kv<false>(e.kv, e.pool, e.model.num_layers, plane, layer, table, first, last, static_cast<char*>(wire));
+}
+
+}  // extern "C"

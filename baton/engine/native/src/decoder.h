@@ -1,0 +1,540 @@
+// A decoder step of the Llama family: embedding, attention over paged KV, gated feed-forward, head; all rows of a batch at once.
+//
+// Between layers activations are float32; matrix products read them rounded to the weights' format, attention rounded to the KV's.
+#pragma once
+
+#include <memory>
+
+#include "attention.h"
+
+namespace baton {
+
+enum Format : int32_t { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_I8 = 2 };
+
+// As Python declares them, field by field (`baton.engine.native.library`).
+extern "C" {
+struct BatonMatrix {
+  void* data;
+  uint16_t* scales;
+  float* bias;
+  int32_t n;
+  int32_t k;
+};
+
+struct BatonLayer {
+  BatonMatrix qkv, out, gate_up, down;
+  float* attention_norm;
+  float* mlp_norm;
+  float* q_norm;  // [D], or none
+  float* k_norm;
+  float scale;
+  int32_t window;  // 0: none
+};
+
+struct BatonModel {
+  BatonLayer* layers;
+  BatonMatrix embedding;  // the head's where they are tied
+  BatonMatrix head;
+  float* norm;
+  float* frequencies;     // [D / 2], radians a position
+  float rope_scale;
+  float norm_eps;
+  int32_t num_layers, hidden, inner, num_heads, num_kv_heads, head_dim, vocab;
+  int32_t weights;        // Format
+  int32_t kv;             // Format
+};
+
+struct BatonPool {
+  void* data;  // [2][layer] as in attention.h
+  int32_t num_blocks, block_size;
+};
+
+struct BatonBatch {
+  const int32_t* tokens;     // [T]
+  const int32_t* rows;       // [R][4]: first token, number of tokens, position of the first, start in `tables`
+  const int32_t* tables;     // block tables, one after another
+  const int32_t* sampled;    // [S]: tokens whose logits are wanted
+  float* logits;             // [S][V]
+  int32_t num_tokens, num_rows, num_sampled;
+};
+}
+
+template <class T>
+class Buffer {
+ public:
+  T* at_least(size_t count) {
+    if (count > size_) {
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+      size_ = count;
+    }
+    return data_.get();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+// Rows of activations in the format in which a matrix product takes them.
+template <class Op>
+class Activations {
+ public:
+  void shape(int rows, int k) {
+    steps_ = lanes(k);
+    data_.at_least((size_t)rows * steps_ * 4);
+    if constexpr (Op::VALUES == 4) {
+      scales_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
+      starts_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
+    }
+  }
+
+  static int lanes(int k) { return Op::VALUES == 4 ? (k + GROUP - 1) / GROUP * GROUP_STEPS : (k + Op::VALUES - 1) / Op::VALUES; }
+
+  Rows rows() const { return {data_.get(), scales_.get(), starts_.get(), steps_}; }
+
+  char* row(int row) { return data_.get() + (size_t)row * steps_ * 4; }
+
+  // Rounds a row of `k` values, a multiple of 16.
+  void put(int row, const float* x, int k) {
+    char* to = this->row(row);
+    if constexpr (Op::VALUES == 1) {
+      std::memcpy(to, x, (size_t)k * 4);
+    } else if constexpr (Op::VALUES == 2) {
+      for (int i = 0; i < k; i += 16) _mm256_storeu_si256((__m256i*)(to + i * 2), to_bf16_ps(_mm512_loadu_ps(x + i)));
+    } else {
+      quantize(row, x, k);
+    }
+  }
+
+ private:
+  // By groups: 127 stands for the greatest magnitude.
+  void quantize(int row, const float* x, int k) {
+    const int groups = steps_ / GROUP_STEPS;
+    char* to = this->row(row);
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int g = 0; g < groups; ++g) {
+      __m512 part[4];
+      __m512 most = _mm512_setzero_ps();
+      for (int i = 0; i < 4; ++i) {
+        const int at = g * GROUP + i * 16;
+        part[i] = at < k ? _mm512_loadu_ps(x + at) : _mm512_setzero_ps();
+        most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
+      }
+      const float scale = _mm512_reduce_max_ps(most) / 127.0f;
+      const __m512 by = _mm512_set1_ps(scale);
+      alignas(64) int8_t bytes[GROUP];
+      for (int i = 0; i < 4; ++i) {
+        const __m512 q = scale > 0 ? _mm512_div_ps(part[i], by) : _mm512_setzero_ps();
+        _mm_store_si128((__m128i*)(bytes + i * 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(q)));
+      }
+      const __m512i all = _mm512_load_si512(bytes);
+      _mm512_storeu_si512(to + (size_t)g * GROUP, all);
+      const int sum = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
+      scales_.get()[row * groups + g] = scale;
+      starts_.get()[row * groups + g] = -128 * sum;
+    }
+  }
+
+  Buffer<char> data_;
+  Buffer<float> scales_;
+  Buffer<int32_t> starts_;
+  int steps_ = 0;
+};
+
+// x / rms(x) * weight, rounded.
+template <class Op>
+void normalize(Activations<Op>& to, int row, const float* x, const float* weight, int n, float eps, float* scratch) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 by = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / (float)n + eps));
+  for (int i = 0; i < n; i += 16)
+    _mm512_storeu_ps(scratch + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), by), _mm512_loadu_ps(weight + i)));
+  to.put(row, scratch, n);
+}
+
+// Weights' format W, KV's format C.
+template <class W, class C>
+class Decoder {
+ public:
+  Decoder(const BatonModel& model, const BatonPool& pool, Team& team) : model_(model), team_(team) {
+    kv_ = {model.num_heads, model.num_kv_heads, model.head_dim, pool.block_size, pool.num_blocks, C::VALUES};
+    keys_ = static_cast<char*>(pool.data);
+    values_ = keys_ + kv_.layer_bytes() * model.num_layers;
+    scratch_.reset(new Scratch[team.size()]);
+    rooms_ = std::vector<Room>(team.size());
+  }
+
+  void step(const BatonBatch& batch) {
+    const int tokens = batch.num_tokens;
+    prepare(batch);
+    team_.begin();
+    rows_of(tokens, [&](int t, int) { embed(batch.tokens[t], x(t)); });
+    for (int l = 0; l < model_.num_layers; ++l) layer(batch, l);
+    head(batch);
+    team_.end();
+  }
+
+ private:
+  static Matrix matrix(const BatonMatrix& m) {
+    return {static_cast<const char*>(m.data), m.scales, m.bias, m.n, Activations<W>::lanes(m.k)};
+  }
+
+  float* x(int row) { return x_.get() + (size_t)row * model_.hidden; }
+
+  // Applies `body(row, thread)` to every row.
+  template <class Body>
+  void rows_of(int rows, Body&& body) {
+    const int parts = rows < 8 ? 1 : std::min(rows / 4, 4 * team_.size());
+    team_.run(parts, [&](int part, int thread) {
+      const int last = (int)((int64_t)rows * (part + 1) / parts);
+      for (int row = (int)((int64_t)rows * part / parts); row < last; ++row) body(row, thread);
+    });
+  }
+
+  int qkv_width() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
+
+  float* scratch(int thread) { return wide_.get() + (size_t)thread * width_; }
+
+  void prepare(const BatonBatch& batch) {
+    const int tokens = batch.num_tokens, head_dim = model_.head_dim;
+    const int heads = model_.num_heads * head_dim;
+    width_ = (std::max({model_.hidden, model_.inner, qkv_width()}) + 63) / 64 * 64;
+    x_.at_least((size_t)tokens * model_.hidden);
+    qkv_.at_least((size_t)tokens * qkv_width());
+    queries_.at_least((size_t)tokens * heads * 4 / C::VALUES);
+    attended_.at_least((size_t)tokens * heads);
+    wide_.at_least((size_t)team_.size() * width_);
+    positions_.resize(tokens);
+    row_of_.resize(tokens);
+    cos_.at_least((size_t)tokens * head_dim / 2);
+    sin_.at_least((size_t)tokens * head_dim / 2);
+    if constexpr (W::VALUES == 4) gated_.at_least((size_t)tokens * model_.inner);
+    for (int r = 0; r < batch.num_rows; ++r) {
+      const int32_t* row = batch.rows + r * 4;
+      for (int i = 0; i < row[1]; ++i) {
+        positions_[row[0] + i] = row[2] + i;
+        row_of_[row[0] + i] = r;
+      }
+    }
+    for (int t = 0; t < tokens; ++t)
+      for (int d = 0; d < head_dim / 2; ++d) {
+        const float angle = (float)positions_[t] * model_.frequencies[d];
+        cos_.get()[t * (head_dim / 2) + d] = std::cos(angle) * model_.rope_scale;
+        sin_.get()[t * (head_dim / 2) + d] = std::sin(angle) * model_.rope_scale;
+      }
+    plan_attention(batch);
+  }
+
+  void embed(int token, float* out) {
+    const int n = model_.hidden;
+    const Matrix rows = matrix(model_.embedding);
+    const int panel = token / PANEL, lane = token % PANEL;
+    const char* at = rows.data + (size_t)panel * rows.steps * 4 * PANEL + lane * 4;
+    for (int s = 0; s * W::VALUES < n; ++s, at += 4 * PANEL) {
+      if constexpr (W::VALUES == 1) {
+        std::memcpy(out + s, at, 4);
+      } else if constexpr (W::VALUES == 2) {
+        uint16_t pair[2];
+        std::memcpy(pair, at, 4);
+        out[s * 2] = from_bf16(pair[0]);
+        out[s * 2 + 1] = from_bf16(pair[1]);
+      } else {
+        const int groups = rows.steps / GROUP_STEPS;
+        const float scale = from_f16(rows.scales[((size_t)panel * groups + s / GROUP_STEPS) * PANEL + lane]);
+        for (int i = 0; i < 4 && s * 4 + i < n; ++i) out[s * 4 + i] = scale * (float)((int)(uint8_t)at[i] - 128);
+      }
+    }
+  }
+
+  void norm(int rows, const float* weight) {
+    inputs_.shape(rows, model_.hidden);
+    rows_of(rows, [&](int t, int thread) {
+      normalize(inputs_, t, x(t), weight, model_.hidden, model_.norm_eps, scratch(thread));
+    });
+  }
+
+  // Sums into rows of float32, `width` apart; adds the bias, and what is there already where `Add`.
+  template <bool Add>
+  void product(const Activations<W>& a, int rows, const BatonMatrix& weights, float* out, int width) {
+    const Matrix w = matrix(weights);
+    multiply<W>(team_, a.rows(), rows, w, [&](int first, int count, int panel, int panels, const float* sums) {
+      for (int m = 0; m < count; ++m)
+        for (int v = 0; v < 2 * panels; ++v) {
+          const int column = panel * PANEL + v * 16;
+          const __mmask16 inside = first_lanes(w.n - column);
+          if (inside == 0) break;
+          float* at = out + (size_t)(first + m) * width + column;
+          __m512 y = _mm512_loadu_ps(sums + ((size_t)m * 2 * panels + v) * 16);
+          if (w.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(inside, w.bias + column));
+          if (Add) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(inside, at));
+          _mm512_mask_storeu_ps(at, inside, y);
+        }
+    });
+  }
+
+  void layer(const BatonBatch& batch, int l) {
+    const BatonLayer& w = model_.layers[l];
+    const int tokens = batch.num_tokens;
+    const Cache cache{keys_ + kv_.layer_bytes() * l, values_ + kv_.layer_bytes() * l, &kv_};
+    norm(tokens, w.attention_norm);
+    product<false>(inputs_, tokens, w.qkv, qkv_.get(), qkv_width());
+    rows_of(tokens, [&](int t, int) { place(batch, w, cache, t); });
+    attend(batch, w, cache);
+    inputs_.shape(tokens, model_.num_heads * model_.head_dim);
+    rows_of(tokens, [&](int t, int) {
+      const int width = model_.num_heads * model_.head_dim;
+      inputs_.put(t, attended_.get() + (size_t)t * width, width);
+    });
+    product<true>(inputs_, tokens, w.out, x(0), model_.hidden);
+    norm(tokens, w.mlp_norm);
+    gate(tokens, w.gate_up);
+    product<true>(hidden_, tokens, w.down, x(0), model_.hidden);
+  }
+
+  // Panels hold 16 gates and the 16 values that they gate.
+  void gate(int tokens, const BatonMatrix& weights) {
+    const Matrix w = matrix(weights);
+    hidden_.shape(tokens, model_.inner);
+    const Rows to = hidden_.rows();
+    multiply<W>(team_, inputs_.rows(), tokens, w, [&](int first, int count, int panel, int panels, const float* sums) {
+      for (int m = 0; m < count; ++m)
+        for (int p = 0; p < panels; ++p) {
+          const float* at = sums + ((size_t)m * panels + p) * PANEL;
+          __m512 gate = _mm512_loadu_ps(at), up = _mm512_loadu_ps(at + 16);
+          if (w.bias != nullptr) {
+            gate = _mm512_add_ps(gate, _mm512_loadu_ps(w.bias + (panel + p) * PANEL));
+            up = _mm512_add_ps(up, _mm512_loadu_ps(w.bias + (panel + p) * PANEL + 16));
+          }
+          const __m512 y = _mm512_mul_ps(silu_ps(gate), up);
+          const int column = (panel + p) * 16;
+          if constexpr (W::VALUES == 1) {
+            _mm512_storeu_ps((float*)(const_cast<char*>(to.data) + (first + m) * to.row_bytes()) + column, y);
+          } else if constexpr (W::VALUES == 2) {
+            _mm256_storeu_si256((__m256i*)(const_cast<char*>(to.data) + (first + m) * to.row_bytes() + column * 2), to_bf16_ps(y));
+          } else {
+            _mm512_storeu_ps(gated_.get() + (size_t)(first + m) * model_.inner + column, y);
+          }
+        }
+    });
+    if constexpr (W::VALUES == 4)
+      rows_of(tokens, [&](int t, int) { hidden_.put(t, gated_.get() + (size_t)t * model_.inner, model_.inner); });
+  }
+
+  // Normalizes and rotates a token's heads; its query goes to where attention reads it, its key and value to the pool.
+  void place(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, int t) {
+    const int head_dim = model_.head_dim, half = head_dim / 2;
+    float* heads = qkv_.get() + (size_t)t * qkv_width();
+    const float* cos = cos_.get() + (size_t)t * half;
+    const float* sin = sin_.get() + (size_t)t * half;
+    const int rotated = model_.num_heads + model_.num_kv_heads;
+    for (int h = 0; h < rotated; ++h) {
+      float* head = heads + h * head_dim;
+      const float* weight = h < model_.num_heads ? w.q_norm : w.k_norm;
+      if (weight != nullptr) {
+        float squares = 0;
+        for (int d = 0; d < head_dim; ++d) squares += head[d] * head[d];
+        const float by = 1.0f / std::sqrt(squares / (float)head_dim + model_.norm_eps);
+        for (int d = 0; d < head_dim; ++d) head[d] = head[d] * by * weight[d];
+      }
+      for (int d = 0; d < half; ++d) {
+        const float a = head[d], b = head[d + half];
+        head[d] = a * cos[d] - b * sin[d];
+        head[d + half] = b * cos[d] + a * sin[d];
+      }
+    }
+    const int group = kv_.group();
+    for (int h = 0; h < model_.num_heads; ++h) put_query(t, h / group, h % group, heads + h * head_dim);
+    const int32_t* row = batch.rows + row_of_[t] * 4;
+    const int position = positions_[t];
+    for (int h = 0; h < model_.num_kv_heads; ++h) {
+      const size_t at = cache.tile_at(batch.tables + row[3], position, h);
+      store_key<C>(cache.keys + at, position % TOKENS, heads + (model_.num_heads + h) * head_dim, head_dim);
+      store_value<C>(cache.values + at, position % TOKENS, heads + (rotated + h) * head_dim, head_dim);
+    }
+  }
+
+  // Queries are kept [token][KV head][head of its group][D].
+  char* query(int t, int kv_head) {
+    return queries_.get() + ((size_t)t * model_.num_heads + (size_t)kv_head * kv_.group()) * model_.head_dim * 4 / C::VALUES;
+  }
+
+  void put_query(int t, int kv_head, int index, const float* from) {
+    const int head_dim = model_.head_dim;
+    char* to = query(t, kv_head) + (size_t)index * head_dim * 4 / C::VALUES;
+    if constexpr (C::VALUES == 1) {
+      std::memcpy(to, from, (size_t)head_dim * 4);
+    } else {
+      for (int d = 0; d < head_dim; d += 16) _mm256_storeu_si256((__m256i*)(to + d * 2), to_bf16_ps(_mm512_loadu_ps(from + d)));
+    }
+  }
+
+  // Some tokens of one row: those that one part attends, for one KV head.
+  struct Block {
+    int row, first, count;
+  };
+
+  void plan_attention(const BatonBatch& batch) {
+    blocks_.clear();
+    const int most = std::max(1, MOST_QUERIES / kv_.group());
+    for (int r = 0; r < batch.num_rows; ++r) {
+      const int32_t* row = batch.rows + r * 4;
+      const int cuts = (row[1] + most - 1) / most;
+      for (int c = 0; c < cuts; ++c) {
+        const int from = (int)((int64_t)row[1] * c / cuts), to = (int)((int64_t)row[1] * (c + 1) / cuts);
+        blocks_.push_back({r, row[0] + from, to - from});
+      }
+    }
+  }
+
+  void attend(const BatonBatch& batch, const BatonLayer& w, const Cache& cache) {
+    const int heads = model_.num_kv_heads, parts = (int)blocks_.size() * heads;
+    if (parts >= 4 * team_.size() || longest(batch) <= 2 * SPAN || team_.size() == 1) {
+      // Later tokens see more: they come first, so that no thread is left with the longest part at the end.
+      team_.run(parts, [&](int part, int thread) {
+        attend_block(batch, w, cache, blocks_[blocks_.size() - 1 - part / heads], part % heads, thread);
+      });
+      return;
+    }
+    attend_split(batch, w, cache);
+  }
+
+  int longest(const BatonBatch& batch) const {
+    int longest = 0;
+    for (const Block& block : blocks_) longest = std::max(longest, end_of(batch, block));
+    return longest;
+  }
+
+  // The position after the block's last token.
+  int end_of(const BatonBatch&, const Block& block) const { return positions_[block.first + block.count - 1] + 1; }
+
+  int first_span(const BatonLayer& w, const Block& block) const {
+    return w.window > 0 ? std::max(0, positions_[block.first] + 1 - w.window) / SPAN : 0;
+  }
+
+  // Attends `rows` queries of a block to one span. Queries of a token's group stand side by side.
+  void span(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int s,
+            const char* queries, Scratch& scratch, float* most, float* total, float* sums) {
+    const int group = kv_.group(), rows = block.count * group, first = positions_[block.first];
+    attend_span<C>(scratch, cache, batch.tables + batch.rows[block.row * 4 + 3], head, queries, rows, w.scale, w.window, s,
+                   end_of(batch, block), [&](int r) { return first + r / group; }, most, total, sums);
+  }
+
+  // The block's queries of one KV head, side by side.
+  const char* gather(const Block& block, int head, char* room) {
+    const size_t bytes = (size_t)kv_.group() * model_.head_dim * 4 / C::VALUES;
+    if (block.count == 1) return query(block.first, head);
+    for (int i = 0; i < block.count; ++i) std::memcpy(room + i * bytes, query(block.first + i, head), bytes);
+    return room;
+  }
+
+  void finish(const Block& block, int head, int r, const Partial& all) {
+    const int group = kv_.group(), head_dim = model_.head_dim;
+    float* to = attended_.get() + ((size_t)(block.first + r / group) * model_.num_heads + head * group + r % group) * head_dim;
+    const __m512 by = _mm512_set1_ps(1.0f / all.total);
+    for (int d = 0; d < head_dim; d += 16) _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_loadu_ps(all.sum + d), by));
+  }
+
+  void attend_block(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int thread) {
+    const int group = kv_.group(), rows = block.count * group, head_dim = model_.head_dim;
+    Room& room = rooms_[thread];
+    const char* queries = gather(block, head, room.queries.at_least((size_t)MOST_QUERIES * head_dim * 4));
+    float* sums = room.sums.at_least((size_t)MOST_QUERIES * head_dim);
+    float* all_sums = room.all_sums.at_least((size_t)MOST_QUERIES * head_dim);
+    float most[MOST_QUERIES], total[MOST_QUERIES];
+    Partial all[MOST_QUERIES];
+    for (int r = 0; r < rows; ++r) {
+      all[r] = {0, 0, all_sums + (size_t)r * head_dim};
+      std::memset(all[r].sum, 0, (size_t)head_dim * 4);
+    }
+    const int spans = (end_of(batch, block) + SPAN - 1) / SPAN;
+    for (int s = first_span(w, block); s < spans; ++s) {
+      span(batch, w, cache, block, head, s, queries, scratch_[thread], most, total, sums);
+      for (int r = 0; r < rows; ++r) merge(all[r], {most[r], total[r], sums + (size_t)r * head_dim}, head_dim);
+    }
+    for (int r = 0; r < rows; ++r) finish(block, head, r, all[r]);
+  }
+
+  // Few blocks, long contexts: spans are parts of their own, merged afterwards in the same order.
+  void attend_split(const BatonBatch& batch, const BatonLayer& w, const Cache& cache) {
+    const int heads = model_.num_kv_heads, group = kv_.group(), head_dim = model_.head_dim;
+    parts_.clear();
+    size_t rows = 0;
+    for (int b = 0; b < (int)blocks_.size(); ++b) {
+      const int spans = (end_of(batch, blocks_[b]) + SPAN - 1) / SPAN;
+      for (int head = 0; head < heads; ++head)
+        for (int s = first_span(w, blocks_[b]); s < spans; ++s) {
+          parts_.push_back({b, head, s, rows});
+          rows += (size_t)blocks_[b].count * group;
+        }
+    }
+    float* most = most_.at_least(rows);
+    float* total = total_.at_least(rows);
+    float* sums = sums_.at_least(rows * head_dim);
+    team_.run((int)parts_.size(), [&](int part, int thread) {
+      const SpanPart& p = parts_[part];
+      const Block& block = blocks_[p.block];
+      const char* queries = gather(block, p.head, rooms_[thread].queries.at_least((size_t)MOST_QUERIES * head_dim * 4));
+      span(batch, w, cache, block, p.head, p.span, queries, scratch_[thread], most + p.at, total + p.at, sums + p.at * head_dim);
+    });
+    float* all_sums = rooms_[0].all_sums.at_least((size_t)MOST_QUERIES * head_dim);
+    for (size_t p = 0; p < parts_.size();) {
+      size_t next = p;
+      while (next < parts_.size() && parts_[next].block == parts_[p].block && parts_[next].head == parts_[p].head) ++next;
+      const Block& block = blocks_[parts_[p].block];
+      for (int r = 0; r < block.count * group; ++r) {
+        Partial all{0, 0, all_sums};
+        std::memset(all.sum, 0, (size_t)head_dim * 4);
+        for (size_t i = p; i < next; ++i) {
+          const size_t at = parts_[i].at + r;
+          merge(all, {most[at], total[at], sums + at * head_dim}, head_dim);
+        }
+        finish(block, parts_[p].head, r, all);
+      }
+      p = next;
+    }
+  }
+
+  void head(const BatonBatch& batch) {
+    const int rows = batch.num_sampled;
+    if (rows == 0) return;
+    inputs_.shape(rows, model_.hidden);
+    rows_of(rows, [&](int r, int thread) {
+      normalize(inputs_, r, x(batch.sampled[r]), model_.norm, model_.hidden, model_.norm_eps, scratch(thread));
+    });
+    product<false>(inputs_, rows, model_.head, batch.logits, model_.vocab);
+  }
+
+  struct SpanPart {
+    int block, head, span;
+    size_t at;
+  };
+
+  struct Room {
+    Buffer<char> queries;
+    Buffer<float> sums, all_sums;
+  };
+
+    const BatonModel model_;
+  Team& team_;
+  KvShape kv_;
+  char* keys_;
+  char* values_;
+  Buffer<float> x_, qkv_, attended_, gated_, cos_, sin_, wide_, most_, total_, sums_;
+  Buffer<char> queries_;
+  Activations<W> inputs_, hidden_;
+  std::vector<int> positions_, row_of_;
+  std::vector<Block> blocks_;
+  std::vector<SpanPart> parts_;
+  std::unique_ptr<Scratch[]> scratch_;
+  std::vector<Room> rooms_;
+  int width_ = 0;
+};
+
+}  // namespace baton

@@ -1,0 +1,232 @@
+// Threads that share the parts of one step. The caller's thread works too; helpers spin only while a step runs, and sleep between
+// steps. Parts are taken one at a time, so that a helper which the system has put aside delays nothing but the part it holds.
+//
+// Engines of one machine see each other through a page of shared memory (`Cores`) and divide the cores among those that compute
+// right now: a lone engine uses all of them, two on two cores use one each.
+#pragma once
+
+#include <fcntl.h>
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace baton {
+
+inline int64_t monotonic_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+// Which engines of this machine compute now. Each has a slot that tells until when it is to be taken for computing: a little beyond
+// the part under way, so that one killed in the middle of a step is soon forgotten, and a little beyond the step, so that the pause
+// between two steps gives nobody's core away.
+class Cores {
+ public:
+  Cores(const char* path, int num_cores) : num_cores_(num_cores) {
+    if (path == nullptr) return;
+    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (file < 0) return;
+    if (ftruncate(file, BYTES) == 0) {
+      void* page = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+      if (page != MAP_FAILED) slots_ = static_cast<Slot*>(page);
+    }
+    close(file);
+    if (slots_ != nullptr) claim();
+  }
+
+  ~Cores() {
+    if (mine_ != nullptr) {
+      mine_->until_ns.store(0, std::memory_order_relaxed);
+      mine_->owner.store(0, std::memory_order_release);
+    }
+    if (slots_ != nullptr) munmap(slots_, BYTES);
+  }
+
+  Cores(const Cores&) = delete;
+  Cores& operator=(const Cores&) = delete;
+
+  void sign(bool computing) {
+    if (mine_ == nullptr) return;
+    mine_->until_ns.store(monotonic_ns() + (computing ? PART_NS : PAUSE_NS), std::memory_order_relaxed);
+  }
+
+  // How many threads this engine may use now, itself included.
+  int share() const {
+    if (mine_ == nullptr) return num_cores_;
+    const int64_t now = monotonic_ns();
+    int computing = 1;
+    for (int i = 0; i < SLOTS; ++i) {
+      computing += &slots_[i] != mine_ && now < slots_[i].until_ns.load(std::memory_order_relaxed);
+    }
+    return std::max(1, num_cores_ / computing);
+  }
+
+ private:
+  static constexpr int SLOTS = 64;
+  static constexpr size_t BYTES = 4096;
+  static constexpr int64_t PART_NS = 50000000;
+  static constexpr int64_t PAUSE_NS = 1000000;
+
+  struct alignas(64) Slot {
+    std::atomic<int64_t> owner;
+    std::atomic<int64_t> until_ns;
+  };
+  static_assert(sizeof(Slot) * SLOTS <= BYTES);
+
+  void claim() {
+    for (int i = 0; i < SLOTS && mine_ == nullptr; ++i) {
+      int64_t owner = slots_[i].owner.load();
+      const bool dead = owner != 0 && getpgid((pid_t)(owner >> 16)) < 0;
+      if (owner != 0 && !dead) continue;
+      // One process may hold several engines.
+      const int64_t me = ((int64_t)getpid() << 16) | (i + 1);
+      if (slots_[i].owner.compare_exchange_strong(owner, me)) mine_ = &slots_[i];
+    }
+  }
+
+  const int num_cores_;
+  Slot* slots_ = nullptr;
+  Slot* mine_ = nullptr;
+};
+
+class Team {
+ public:
+  using Part = void (*)(void* context, int part, int thread);
+
+  Team(int num_threads, const char* cores_path) : cores_(cores_path, num_threads), size_(num_threads) {
+    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
+  }
+
+  ~Team() {
+    stopping_.store(true);
+    wake();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // A step begins: helpers come.
+  void begin() {
+    active_.store(true, std::memory_order_seq_cst);
+    divide();
+  }
+
+  void end() {
+    active_.store(false, std::memory_order_relaxed);
+    cores_.sign(false);
+  }
+
+  // Computes parts [0, count), each once, and returns when all are done.
+  template <class Body>
+  void run(int count, Body&& body) {
+    using Plain = std::remove_reference_t<Body>;
+    if (count <= 0) return;
+    if (count == 1 || size_ == 1) {
+      for (int part = 0; part < count; ++part) body(part, 0);
+      return;
+    }
+    divide();
+    call_ = [](void* context, int part, int thread) { (*static_cast<Plain*>(context))(part, thread); };
+    context_ = const_cast<void*>(static_cast<const void*>(&body));
+    count_.store(count, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(++phase_ << 32, std::memory_order_release);
+    work(phase_, 0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
+      _mm_pause();
+      if (spins > YIELD_SPINS) sched_yield();
+    }
+  }
+
+ private:
+  static constexpr int YIELD_SPINS = 2000;
+  static constexpr int64_t LINGER_NS = 60000;
+
+  // Finds out how many threads may work now, and sees that they are awake.
+  void divide() {
+    cores_.sign(true);
+    const int allowed = std::min(size_, cores_.share());
+    allowed_.store(allowed, std::memory_order_seq_cst);
+    if (size_ - asleep_.load(std::memory_order_seq_cst) < allowed) wake();
+  }
+
+  // Takes parts of the phase until none is left.
+  void work(uint64_t phase, int thread) {
+    for (;;) {
+      uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      if (ticket >> 32 != (phase & 0xFFFFFFFFu)) return;
+      const int part = (int)(uint32_t)ticket;
+      if (part >= count_.load(std::memory_order_relaxed)) return;
+      if (thread >= allowed_.load(std::memory_order_relaxed)) return;
+      // Fails where another took the part, or the phase is over: then what was read is not used.
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      call_(context_, part, thread);
+      done_.fetch_add(1, std::memory_order_release);
+      if (thread != 0 && (part & 7) == 0) allowed_.store(cores_.share(), std::memory_order_relaxed);
+    }
+  }
+
+  void help(int thread) {
+    int64_t idle_since_ns = 0;
+    while (!stopping_.load(std::memory_order_relaxed)) {
+      const uint32_t calls = calls_.load(std::memory_order_acquire);
+      const uint64_t phase = ticket_.load(std::memory_order_acquire) >> 32;
+      if (active_.load(std::memory_order_relaxed) && thread < allowed_.load(std::memory_order_relaxed)) {
+        work(phase, thread);
+        idle_since_ns = 0;
+        _mm_pause();
+        continue;
+      }
+      const int64_t now_ns = monotonic_ns();
+      if (idle_since_ns == 0) idle_since_ns = now_ns;
+      if (now_ns - idle_since_ns < LINGER_NS && thread < allowed_.load(std::memory_order_relaxed)) {
+        for (int i = 0; i < 32; ++i) _mm_pause();
+        continue;
+      }
+      asleep_.fetch_add(1, std::memory_order_seq_cst);
+      if (!active_.load(std::memory_order_seq_cst) || thread >= allowed_.load(std::memory_order_relaxed)) {
+        if (!stopping_.load()) syscall(SYS_futex, &calls_, FUTEX_WAIT_PRIVATE, calls, nullptr, nullptr, 0);
+      }
+      asleep_.fetch_sub(1, std::memory_order_seq_cst);
+      idle_since_ns = 0;
+    }
+  }
+
+  void wake() {
+    calls_.fetch_add(1, std::memory_order_release);
+    syscall(SYS_futex, &calls_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+
+  Cores cores_;
+  const int size_;
+  uint64_t phase_ = 0;
+  Part call_ = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  // The phase's number above, the next part's below.
+  alignas(64) std::atomic<int> count_{0};
+  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<int> allowed_{1};
+  std::atomic<bool> active_{false};
+  std::atomic<bool> stopping_{false};
+  alignas(64) std::atomic<uint32_t> calls_{0};
+  std::atomic<int> asleep_{0};
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace baton
