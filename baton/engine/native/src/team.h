@@ -105,7 +105,10 @@ class Team {
  public:
   using Part = void (*)(void* context, int part, int thread);
 
-  Team(int num_threads, const char* cores_path) : cores_(cores_path, num_threads), size_(num_threads) {
+  Team(int num_threads, const char* cores_path)
+      : cores_(cores_path, num_threads), size_(num_threads), helpers_(num_threads - 1) {
+    CPU_ZERO(&allowed_cores_);
+    sched_getaffinity(0, sizeof(allowed_cores_), &allowed_cores_);
     for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
   }
 
@@ -143,18 +146,22 @@ class Team {
     divide();
     call_ = [](void* context, int part, int thread) { (*static_cast<Plain*>(context))(part, thread); };
     context_ = const_cast<void*>(static_cast<const void*>(&body));
-    count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    ticket_.store(++phase_ << 32, std::memory_order_release);
-    work(phase_, 0);
+    phase_ = (phase_ + 1) & 0xFFFF;
+    ticket_.store(phase_ << 48 | (uint64_t)count << 24, std::memory_order_release);
+    work(0);
     for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
       _mm_pause();
-      if (spins > YIELD_SPINS) sched_yield();
+      if (spins > PATIENT_SPINS) {
+        separate();
+        sched_yield();
+        spins = 0;
+      }
     }
   }
 
  private:
-  static constexpr int YIELD_SPINS = 2000;
+  static constexpr int PATIENT_SPINS = 2000;
   static constexpr int64_t LINGER_NS = 60000;
 
   // Finds out how many threads may work now, and sees that they are awake.
@@ -165,15 +172,24 @@ class Team {
     if (size_ - asleep_.load(std::memory_order_seq_cst) < allowed) wake();
   }
 
-  // Takes parts of the phase until none is left.
-  void work(uint64_t phase, int thread) {
+  // A helper that the system has put on the caller's core, where each waits for the other, is sent to the others.
+  void separate() {
+    const int here = sched_getcpu();
+    for (const Helper& helper : helpers_) {
+      if (helper.core.load(std::memory_order_relaxed) != here) continue;
+      cpu_set_t cores = allowed_cores_;
+      CPU_CLR(here, &cores);
+      if (CPU_COUNT(&cores) > 0) sched_setaffinity(helper.id.load(std::memory_order_relaxed), sizeof(cores), &cores);
+    }
+  }
+
+  // Takes parts until none is left.
+  void work(int thread) {
     for (;;) {
       uint64_t ticket = ticket_.load(std::memory_order_acquire);
-      if (ticket >> 32 != (phase & 0xFFFFFFFFu)) return;
-      const int part = (int)(uint32_t)ticket;
-      if (part >= count_.load(std::memory_order_relaxed)) return;
-      if (thread >= allowed_.load(std::memory_order_relaxed)) return;
-      // Fails where another took the part, or the phase is over: then what was read is not used.
+      const int part = (int)(ticket & 0xFFFFFF), count = (int)(ticket >> 24 & 0xFFFFFF);
+      if (part >= count || thread >= allowed_.load(std::memory_order_relaxed)) return;
+      // Fails where another took the part. Where it succeeds the phase waits for it, so what describes the phase stays.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       call_(context_, part, thread);
       done_.fetch_add(1, std::memory_order_release);
@@ -181,13 +197,20 @@ class Team {
     }
   }
 
+  struct Helper {
+    std::atomic<pid_t> id{0};
+    std::atomic<int> core{-1};
+  };
+
   void help(int thread) {
+    Helper& me = helpers_[thread - 1];
+    me.id.store((pid_t)syscall(SYS_gettid), std::memory_order_relaxed);
     int64_t idle_since_ns = 0;
     while (!stopping_.load(std::memory_order_relaxed)) {
       const uint32_t calls = calls_.load(std::memory_order_acquire);
-      const uint64_t phase = ticket_.load(std::memory_order_acquire) >> 32;
       if (active_.load(std::memory_order_relaxed) && thread < allowed_.load(std::memory_order_relaxed)) {
-        work(phase, thread);
+        me.core.store(sched_getcpu(), std::memory_order_relaxed);
+        work(thread);
         idle_since_ns = 0;
         _mm_pause();
         continue;
@@ -217,15 +240,16 @@ class Team {
   uint64_t phase_ = 0;
   Part call_ = nullptr;
   void* context_ = nullptr;
+  // The phase's number, its number of parts, and the next part: one word, so that they always belong together.
   alignas(64) std::atomic<uint64_t> ticket_{0};
-  // The phase's number above, the next part's below.
-  alignas(64) std::atomic<int> count_{0};
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<int> allowed_{1};
   std::atomic<bool> active_{false};
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<uint32_t> calls_{0};
   std::atomic<int> asleep_{0};
+  cpu_set_t allowed_cores_;
+  std::vector<Helper> helpers_;
   std::vector<std::thread> threads_;
 };
 
