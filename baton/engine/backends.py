@@ -73,13 +73,16 @@ def _load_native(
         device=torch.device("cpu"),
         progress=progress,
     )
+    threads = config.threads or torch.get_num_threads()
+    # What is left to torch is sampling; its threads would spin on the kernels' cores after each call.
+    torch.set_num_threads(1)
     return lambda spec, num_blocks: NativeBackend(
         library,
         weights,
         spec,
         num_blocks=num_blocks,
         block_size_tokens=config.block_size_tokens,
-        threads=config.threads or torch.get_num_threads(),
+        threads=threads,
     )
 
 

@@ -119,7 +119,9 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     if config.device not in {"cpu", "cuda"}:
         raise ModelLoadError(config.model, f"device must be cpu or cuda, not {config.device!r}")
     if config.kernels not in {None, "torch", "native"}:
-        raise ModelLoadError(config.model, f"kernels must be torch or native, not {config.kernels!r}")
+        raise ModelLoadError(
+            config.model, f"kernels must be torch or native, not {config.kernels!r}"
+        )
     dtypes = [dtype.value for dtype in KVDtype]
     if config.dtype is not None and config.dtype not in dtypes:
         raise ModelLoadError(

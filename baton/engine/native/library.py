@@ -106,14 +106,20 @@ class Library:
         self._code = ctypes.CDLL(str(path))
         declared = {
             "baton_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
-            "baton_pack": (None, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+            "baton_pack": (
+                None,
+                [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
+            ),
             "baton_allocate": (c_void_p, [c_int64]),
             "baton_free": (None, [c_void_p, c_int64]),
             "baton_engine": (c_void_p, [POINTER(Model), POINTER(Pool), c_int32, c_char_p]),
             "baton_engine_free": (None, [c_void_p]),
             "baton_step": (None, [c_void_p, POINTER(Batch)]),
             "baton_read_kv": (None, [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p]),
-            "baton_write_kv": (None, [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p]),
+            "baton_write_kv": (
+                None,
+                [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p],
+            ),
         }
         for name, (result, arguments) in declared.items():
             function = getattr(self._code, name)
@@ -122,7 +128,16 @@ class Library:
     def packed_bytes(self, form: Format, n: int, k: int) -> int:
         return int(self._code.baton_packed_bytes(form, n, k))
 
-    def pack(self, form: Format, rows: int, scales: int | None, n: int, k: int, out: int, out_scales: int | None) -> None:
+    def pack(
+        self,
+        form: Format,
+        rows: int,
+        scales: int | None,
+        n: int,
+        k: int,
+        out: int,
+        out_scales: int | None,
+    ) -> None:
         self._code.baton_pack(form, rows, scales, n, k, out, out_scales)
 
     def allocate(self, num_bytes: int) -> int:
@@ -149,10 +164,14 @@ class Library:
     def step(self, engine: int, batch: Batch) -> None:
         self._code.baton_step(engine, byref(batch))
 
-    def read_kv(self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int) -> None:
+    def read_kv(
+        self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
+    ) -> None:
         self._code.baton_read_kv(engine, plane, layer, table, first, last, wire)
 
-    def write_kv(self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int) -> None:
+    def write_kv(
+        self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
+    ) -> None:
         self._code.baton_write_kv(engine, plane, layer, table, first, last, wire)
 
 

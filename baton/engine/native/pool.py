@@ -68,7 +68,12 @@ class KVCopies:
             raise
 
     def _write(
-        self, table: np.ndarray[tuple[int], np.dtype[np.int32]], plane: int, layer: int, first: int, source: WireKV
+        self,
+        table: np.ndarray[tuple[int], np.dtype[np.int32]],
+        plane: int,
+        layer: int,
+        first: int,
+        source: WireKV,
     ) -> None:
         last = first + len(source)
         self.library.write_kv(

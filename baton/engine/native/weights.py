@@ -74,9 +74,7 @@ class Packed:
 
     @property
     def matrix(self) -> Matrix:
-        return Matrix(
-            self._address, _address(self._scales), _address(self._bias), self._n, self._k
-        )
+        return Matrix(self._address, _address(self._scales), _address(self._bias), self._n, self._k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,9 @@ class WeightPacker:
             layers=ctypes.cast(layers, ctypes.POINTER(Layer)),
             embedding=embedding,
             norm=self._floats(self._tensor(prefix + "norm.weight")),
-            head=embedding if config.tied_embeddings else self._packed(self._tensor("lm_head.weight"), None),
+            head=embedding
+            if config.tied_embeddings
+            else self._packed(self._tensor("lm_head.weight"), None),
             frequencies=self._floats(frequencies),
             rope_scale=scale,
             norm_eps=config.norm_eps,
@@ -130,9 +130,15 @@ class WeightPacker:
         qk_norm = config.qk_norm
         return Layer(
             attention_norm=self._floats(self._tensor(f"{name}input_layernorm.weight")),
-            qkv=self._linear(*(f"{name}self_attn.{part}_proj" for part in "qkv"), bias=config.qkv_bias),
-            q_norm=self._floats(self._tensor(f"{name}self_attn.q_norm.weight")) if qk_norm else None,
-            k_norm=self._floats(self._tensor(f"{name}self_attn.k_norm.weight")) if qk_norm else None,
+            qkv=self._linear(
+                *(f"{name}self_attn.{part}_proj" for part in "qkv"), bias=config.qkv_bias
+            ),
+            q_norm=self._floats(self._tensor(f"{name}self_attn.q_norm.weight"))
+            if qk_norm
+            else None,
+            k_norm=self._floats(self._tensor(f"{name}self_attn.k_norm.weight"))
+            if qk_norm
+            else None,
             out=self._linear(f"{name}self_attn.o_proj", bias=config.attention_out_bias),
             mlp_norm=self._floats(self._tensor(f"{name}post_attention_layernorm.weight")),
             gate_up=self._gate_up(f"{name}mlp."),
