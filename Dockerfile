@@ -26,6 +26,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && /opt/baton/bin/pip install -r worker.txt
 
 FROM dependencies AS wheel
+# Compiles the native kernels; stays in no image. Any version does.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY LICENSE README.md ./
 COPY baton baton
 COPY router router

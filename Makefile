@@ -23,7 +23,7 @@ ARGS ?=
 JOBS ?= 3
 AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -112,11 +112,19 @@ pytest: ready
 
 # Servers that tests start, as command:package. A test that can neither find nor install its server says what to do.
 SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium kubectl:kubectl
-system-packages:
-	@missing=; for entry in $(SYSTEM); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
+system-packages: compiler
+	@$(call provide,$(SYSTEM))
+
+# For the native kernels; without one torch computes.
+compiler:
+	@$(call provide,g++:g++)
+
+define provide
+missing=; for entry in $(1); do command -v "$${entry%%:*}" >/dev/null || missing+=" $${entry#*:}"; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "== installing$$missing"; apt-get update >/dev/null || true; \
 		for package in $$missing; do \
 			DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$$package" >/dev/null || true; done; fi
+endef
 
 # Validators of operators' kinds, and Grafana's types.
 node-modules: tests/node/node_modules/.package-lock.json monitoring/schema/node_modules/.package-lock.json
@@ -140,7 +148,7 @@ $(VENV)/.pip:
 	@$(PIP) install -q 'pip>=25.1'
 	@touch $@
 
-$(VENV)/.worker: $(VENV)/.pip pyproject.toml
+$(VENV)/.worker: $(VENV)/.pip pyproject.toml $(wildcard baton/engine/native/src/*) | compiler
 	@echo "== installing Baton with its worker (torch, Ray)"
 	@$(PIP) install -q '$(TORCH)'
 	@$(PIP) install -q -e '.[worker]'

@@ -48,8 +48,9 @@ def _why_not(library: Library | None, config: EngineConfig, model: ModelConfig) 
         return f"device {config.device}"
     if KVDtype(config.dtype) not in _KV_FORMATS:
         return f"dtype {config.dtype}"
-    if config.weights is not WeightFormat.INT8 and config.weights != WeightFormat(config.dtype):
-        return f"{config.weights} weights beside {config.dtype}"
+    assert config.weights is not None
+    if config.weights not in {WeightFormat.INT8, WeightFormat(config.dtype)}:
+        return f"{config.weights.value} weights beside {config.dtype}"
     return unsupported(model, config.block_size_tokens)
 
 

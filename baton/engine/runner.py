@@ -67,7 +67,7 @@ class ModelRunner:
             )
             if num_blocks == 0:
                 raise ModelLoadError(config.model, "no memory is left for the KV pool")
-            self._backend = loaded(spec, num_blocks)
+            self.backend = loaded(spec, num_blocks)
         self._info = EngineInfo(
             model=directory.resolve().name if Path(config.model).is_dir() else config.model,
             spec=spec,
@@ -90,7 +90,7 @@ class ModelRunner:
         if not rows:
             return results
         with torch.inference_mode():
-            logits = self._backend.compute(rows)
+            logits = self.backend.compute(rows)
             inputs = [row.sample for row in (rows[i] for i in logits.rows) if row.sample]
             if not inputs:
                 return results
@@ -113,8 +113,8 @@ class ModelRunner:
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         with torch.inference_mode():
-            return self._backend.read_kv(block_table, first, last)
+            return self.backend.read_kv(block_table, first, last)
 
     def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
         with torch.inference_mode():
-            self._backend.write_kv(block_table, first, kv)
+            self.backend.write_kv(block_table, first, kv)

@@ -45,12 +45,14 @@ def check(
     assert [request.output for request in requests] == expected
 
 
+@pytest.mark.parametrize("kernels", ["torch", None])
 @pytest.mark.parametrize("name", oracle.ARCHITECTURES)
 def test_every_architecture_generates_the_tokens_of_transformers(
-    checkpoint: Checkpoint, name: str
+    checkpoint: Checkpoint, name: str, kernels: str | None
 ) -> None:
+    """By torch, and by what is quickest for the architecture on this machine."""
     reference = checkpoint(name)
-    check(runner_of(reference.path), reference, (3, 40), chunk=24)
+    check(runner_of(reference.path, kernels=kernels), reference, (3, 40), chunk=24)
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 64])

@@ -75,8 +75,8 @@ def test_results_belong_to_their_rows_whatever_the_order(checkpoint: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_kv_moved_to_another_runner_continues_the_same(checkpoint: Path, dtype: str) -> None:
-    source = runner_of(checkpoint, dtype=dtype, block_size_tokens=4)
-    target = runner_of(checkpoint, dtype=dtype, block_size_tokens=16)
+    source = runner_of(checkpoint, dtype=dtype, kernels="torch", block_size_tokens=4)
+    target = runner_of(checkpoint, dtype=dtype, kernels="torch", block_size_tokens=16)
     prompt = oracle.prompt_of(50)
     source_table, target_table = tuple(range(20, 40)), (9, 3, 4, 1, 60)
     want = SampleInput(oracle.GREEDY, prompt, ())

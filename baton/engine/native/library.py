@@ -128,7 +128,7 @@ class Library:
     def packed_bytes(self, form: Format, n: int, k: int) -> int:
         return int(self._code.baton_packed_bytes(form, n, k))
 
-    def pack(
+    def pack(  # noqa: PLR0917 - the C function's
         self,
         form: Format,
         rows: int,
@@ -164,12 +164,12 @@ class Library:
     def step(self, engine: int, batch: Batch) -> None:
         self._code.baton_step(engine, byref(batch))
 
-    def read_kv(
+    def read_kv(  # noqa: PLR0917 - the C function's
         self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
     ) -> None:
         self._code.baton_read_kv(engine, plane, layer, table, first, last, wire)
 
-    def write_kv(
+    def write_kv(  # noqa: PLR0917 - the C function's
         self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
     ) -> None:
         self._code.baton_write_kv(engine, plane, layer, table, first, last, wire)

@@ -1,0 +1,223 @@
+"""The native kernels: what they compute is what torch computes, and a row's result depends on the row alone, bit by bit."""
+
+import itertools
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baton.engine.batch import BatchRow, SampleInput
+from baton.engine.config import EngineConfig
+from baton.engine.native.library import NEEDED, find_library, processor_flags
+from baton.engine.runner import ModelRunner
+from baton.errors import CorruptKVError, ModelLoadError
+from baton.kv.checksum import sealed
+from baton.kv.spec import SealedKV, WeightFormat
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(
+    not processor_flags() >= NEEDED, reason=f"this processor lacks {NEEDED - processor_flags()}"
+)
+INT8 = WeightFormat.INT8
+FORMATS = [("float32", None), ("bfloat16", None), ("bfloat16", INT8), ("float32", INT8)]
+MODELS = {
+    "llama": oracle.llama,
+    "window": lambda: oracle.mistral(sliding_window=24),
+    "qwen3": lambda: oracle.qwen3(tie_word_embeddings=True),
+    "grouped": lambda: oracle.qwen2(
+        hidden_size=112, num_attention_heads=7, num_key_value_heads=1, intermediate_size=208
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    assert find_library() is not None, "not compiled: apt-get install g++ && make clean install"
+    folder = tmp_path_factory.mktemp("native")
+    return {
+        name: oracle.save(lambda build=build: build(max_position_embeddings=2048), folder / name)  # type: ignore[misc]
+        if name == "llama"
+        else oracle.save(build, folder / name)
+        for name, build in MODELS.items()
+    }
+
+
+def runner_of(path: Path, **changes: object) -> ModelRunner:
+    fields = {
+        "dtype": "float32",
+        "kv_pool_tokens": 6144,
+        "threads": 1,
+        "kernels": "native",
+        **changes,
+    }
+    return ModelRunner(EngineConfig(model=str(path), **fields))  # type: ignore[arg-type]
+
+
+def row(tokens: Sequence[int], start: int, end: int, first_block: int = 0) -> BatchRow:
+    """Tokens [start, end) of a sequence whose blocks stand apart from others'."""
+    blocks = [first_block + 2 * i for i in range(-(-len(tokens) // 16))]
+    sample = SampleInput(oracle.GREEDY, tokens, [])
+    return BatchRow(tokens[start:end], start, blocks, sample)
+
+
+def logits_of(runner: ModelRunner, rows: Sequence[BatchRow]) -> torch.Tensor:
+    with torch.inference_mode():
+        return runner.backend.compute(rows).values.clone()
+
+
+def in_chunks(runner: ModelRunner, tokens: Sequence[int], cuts: Sequence[int]) -> torch.Tensor:
+    """The last token's logits, the sequence computed chunk by chunk."""
+    edges = [0, *cuts, len(tokens)]
+    for start, end in itertools.pairwise(edges):
+        last = logits_of(runner, [row(tokens, start, end)])
+    return last[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_torch_within_the_formats_rounding(
+    paths: dict[str, Path], name: str, dtype: str
+) -> None:
+    tokens = oracle.prompt_of(130)
+    expected = in_chunks(runner_of(paths[name], kernels="torch"), tokens, [64])
+    found = in_chunks(runner_of(paths[name], dtype=dtype), tokens, [64])
+    tolerance = {"float32": 1e-4, "bfloat16": 0.06}[dtype]
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bit_weights_compute_what_their_definition_says(
+    paths: dict[str, Path], name: str
+) -> None:
+    """The torch path is the definition; the two differ by the rounding of float32 sums, now and then by a step of an activation."""
+    tokens = oracle.prompt_of(60)
+    expected = in_chunks(runner_of(paths[name], kernels="torch", weights=INT8), tokens, [])
+    found = in_chunks(runner_of(paths[name], weights=INT8), tokens, [])
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "weights"), FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_result_depends_on_neither_chunks_nor_batch_nor_threads(
+    paths: dict[str, Path], name: str, dtype: str, weights: WeightFormat | None
+) -> None:
+    """Promise: bit for bit, in every format. So a split system says the same tokens as one process, whatever its batches."""
+    rng = random.Random(name)
+    tokens = oracle.prompt_of(300)
+    runner = runner_of(paths[name], dtype=dtype, weights=weights)
+    expected = in_chunks(runner, tokens, [])
+    for cuts in ([299], [16, 32, 255, 256, 257], sorted(rng.sample(range(1, 300), 40))):
+        assert torch.equal(in_chunks(runner, tokens, cuts), expected), cuts
+    others = [oracle.prompt_of(length) for length in (290, 1, 77, 64, 31)]
+    starts = [row(other, 0, len(other), 60 * i + 61) for i, other in enumerate(others)]
+    logits_of(runner, [row(tokens, 0, 290), *starts])
+    threaded = runner_of(paths[name], dtype=dtype, weights=weights, threads=3)
+    for computing in (runner, threaded):
+        batch = [starts[0], row(tokens, 0, 300), *starts[1:]]
+        assert torch.equal(logits_of(computing, batch)[1], expected)
+        batch = [*[row(o, len(o) - 1, len(o), 60 * i + 61) for i, o in enumerate(others)]]
+        assert torch.equal(logits_of(computing, [*batch, row(tokens, 299, 300)])[-1], expected)
+
+
+def test_a_long_context_shared_by_threads_is_the_one_that_a_single_thread_computes(
+    paths: dict[str, Path],
+) -> None:
+    tokens = oracle.prompt_of(1500)
+    alone = runner_of(paths["llama"], dtype="bfloat16")
+    threaded = runner_of(paths["llama"], dtype="bfloat16", threads=4)
+    expected = in_chunks(alone, tokens, [512, 1024])
+    assert torch.equal(in_chunks(threaded, tokens, [512, 1024]), expected)
+    assert torch.equal(in_chunks(threaded, tokens, [512, 1024, 1499]), expected)
+    exact = in_chunks(runner_of(paths["llama"], kernels="torch"), tokens, [512, 1024])
+    found = in_chunks(runner_of(paths["llama"]), tokens, [512, 1024])
+    assert (found - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_crosses_to_other_blocks_and_other_kernels(
+    paths: dict[str, Path], dtype: str, block_size: int
+) -> None:
+    """Promise: the wire knows neither blocks nor their order within; native and torch workers exchange KV."""
+    tokens = oracle.prompt_of(100)
+    source = runner_of(paths["llama"], dtype=dtype)
+    expected = in_chunks(source, tokens, [])
+    given = row(tokens, 0, 100).block_table
+    whole = source.read_kv(given, 0, 99)
+    for kernels in ("native", "torch"):
+        target = runner_of(
+            paths["llama"], dtype=dtype, block_size_tokens=block_size, kernels=kernels
+        )
+        table = [5, 3, 9, 1, 7, 2, 8]
+        for first, last in ((0, 7), (7, 48), (48, 99)):
+            part = np.ascontiguousarray(whole.data[:, :, first:last])
+            target.write_kv(table, first, sealed(part))
+        again = target.read_kv(table, 0, 99)
+        assert np.array_equal(again.data, whole.data)
+        assert again.checksum == whole.checksum
+        found = logits_of(target, [BatchRow(tokens[99:], 99, table, row(tokens, 0, 1).sample)])[0]
+        if kernels == "native":
+            assert torch.equal(found, expected)
+        else:
+            assert (found - expected).abs().max() < 0.06 * expected.abs().max()
+
+
+def test_corrupt_kv_is_refused_and_leaves_nothing(paths: dict[str, Path]) -> None:
+    runner = runner_of(paths["llama"])
+    logits_of(runner, [row(oracle.prompt_of(40), 0, 40)])
+    table = row(oracle.prompt_of(40), 0, 40).block_table
+    whole = runner.read_kv(table, 0, 40)
+    broken = whole.data.copy()
+    broken.view(np.uint8).reshape(-1)[77] ^= 4
+    with pytest.raises(CorruptKVError):
+        runner.write_kv(table, 0, SealedKV(broken, whole.checksum))
+    assert not runner.read_kv(table, 0, 40).data.any()
+
+
+def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(
+    paths: dict[str, Path],
+) -> None:
+    """Promise: more threads than cores change no result and hang nobody."""
+    tokens = oracle.prompt_of(200)
+    runners = [runner_of(paths["llama"], dtype="bfloat16", threads=3) for _ in range(3)]
+    expected = in_chunks(runners[0], tokens, [])
+    wrong: list[int] = []
+
+    def compute(runner: ModelRunner) -> None:
+        found = [in_chunks(runner, tokens, [turn + 1, 150]) for turn in range(6)]
+        wrong.extend(turn for turn in range(6) if not torch.equal(found[turn], expected))
+
+    threads = [threading.Thread(target=compute, args=(runner,)) for runner in runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_size_tokens": 8}, "block size 8"),
+        ({"dtype": "float16"}, "float16"),
+        ({"weights": WeightFormat.BFLOAT16}, "bfloat16"),
+        ({"kernels": "magic"}, "torch or native"),
+    ],
+)
+def test_what_they_cannot_compute_is_said(
+    paths: dict[str, Path], changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        runner_of(paths["llama"], **changes)
+
+
+def test_a_processor_without_the_instructions_is_known(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse2 avx2\n")
+    assert processor_flags(cpuinfo) == {"fpu", "sse2", "avx2"}
+    assert not processor_flags(tmp_path / "none")
