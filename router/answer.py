@@ -21,7 +21,7 @@ from baton.service.tracing import NO_SPAN, Span
 from baton.types import FinishReason
 from router.attach import HeldAttempt
 from router.fleet import Fleet
-from router.generation import Generation
+from router.generation import Complete, Generation
 from router.output import Output, Outputs
 from router.status.traffic import Meter
 from router.text import OutputText, Tokenizer
@@ -44,6 +44,8 @@ class Resumption:
     """By completion; those that nobody holds are generated anew, which gives the same."""
     known: Seq[Known]
     deadline_unix_s: float = math.inf
+    complete: Complete | None = None
+    """All of the only completion, where it is known."""
 
     def left_s(self, now_unix_s: float) -> float:
         """What is left of the time that the request was first given."""
@@ -108,6 +110,7 @@ class Answer:
                 hashes=hashes.fork(),
                 choice=choice,
                 held=resumption.held.get(choice),
+                complete=resumption.complete,
                 span=span,
             )
             self.outputs.append(output)

@@ -71,6 +71,17 @@ class Report:
     stats: AttemptStats
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complete:
+    """A completion that was generated before, and the attempt that gave its end."""
+
+    tokens: TokenChunk
+    reason: FinishReason
+    cached_tokens: int
+    prefill_worker: str
+    decode_worker: str
+
+
 class Generation:
     """Used once: `run`; the output, the timeline and the reports tell the rest. Of a request's completions, the first one brings the
     prompt's KV to decode; the others wait for it (`prompt_cached`), and find it in decode's prefix cache.
@@ -90,15 +101,18 @@ class Generation:
         hashes: SequenceHashes,
         choice: int = 0,
         held: HeldAttempt | None = None,
+        complete: Complete | None = None,
         span: Span = NO_SPAN,
     ) -> None:
         """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's, and belong to the
-        generation from now on. `held` is to be gone on with; the output is empty all the same. `span` is the request's.
+        generation from now on. `held` is to be gone on with, `complete` to be told; the output is empty all the same. `span` is the
+        request's.
         """
         self._request = request
         self._hashes = hashes
         self._sampling = replace(request.sampling, choice=choice) if choice else request.sampling
         self._held = held
+        self._complete = complete
         self._span = span
         self._output = output
         self._timeline = timeline
@@ -158,6 +172,8 @@ class Generation:
 
     async def run(self) -> FinishReason:
         """Returns once the output is complete. Raises what the request fails with. Cancelling it is legal at any instant."""
+        if self._complete is not None:
+            return self._tell(self._complete)
         try:
             failure, reason = await self._next_attempt()
             while failure is not None:
@@ -169,6 +185,22 @@ class Generation:
                 self._moved.member.release_decode(self._moved.key, self._terms.holder)
         assert reason is not None
         return reason
+
+    def _tell(self, complete: Complete) -> FinishReason:
+        now_s = time.monotonic()
+        self.stats.cached_tokens = complete.cached_tokens
+        report = Report(
+            prefill_worker=complete.prefill_worker,
+            decode_worker=complete.decode_worker,
+            failure="",
+            resumed_tokens=0,
+            stages=((Stage.DECODE, now_s),),
+            ended_at_s=now_s,
+            stats=self.stats,
+        )
+        self.reports.append(report)
+        self._output.put(complete.tokens)
+        return complete.reason
 
     async def _next_attempt(self) -> tuple[Failure | None, FinishReason | None]:
         """Exactly one of the two is None."""

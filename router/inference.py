@@ -31,6 +31,7 @@ from baton.service.logging import bind
 from baton.service.metrics import Objectives, RouterMetrics
 from baton.service.settings import RouterSettings
 from baton.service.tracing import Origin, Tracing
+from baton.types import TokenChunk
 from baton.v1 import inference_pb2 as pb
 from router.account import Account
 from router.answer import NOTHING, Answer, Resumption
@@ -41,8 +42,9 @@ from router.model import ServedModel
 from router.output import Piece
 from router.request_span import request_traced
 from router.requests import RequestTable
-from router.resume import resume
+from router.resume import repeat, resume
 from router.sessions.manager import SessionManager
+from router.sessions.record import mark_of
 from router.sessions.turn import Turn, TurnResult
 from router.status.activity import Activity
 from router.tenants import Demand
@@ -111,7 +113,9 @@ class Inference:
         account = Account(Timeline(received_s=now_s), tenant=caller.tenant, targets=self._targets)
         if request.WhichOneof("prompt") == "chat":
             account.operation = "chat"
-        session = self._sessions.turn(caller.tenant, request.session_id, model=self._model.name)
+        session = self._sessions.turn(
+            caller.tenant, request.session_id, model=self._model.name, mark=mark_of(request)
+        )
         async with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),
@@ -121,6 +125,9 @@ class Inference:
         ):
             facts = await self._facts()
             account.model = facts.model
+            resumption = NOTHING
+            if account.turn is not None and account.turn.is_past:
+                request, resumption = repeat(request, account.turn)
             valid = account.request = await self._parse(request, facts, caller, account.turn)
             bind(request=valid.request_id)
             account.stage = "admission"
@@ -128,14 +135,19 @@ class Inference:
                 # Not for admission to refuse: no later try with this deadline can succeed.
                 raise DeadlineError(account.stage)
             hashes = SequenceHashes(valid.prompt, valid.cache_salt)
+            demand = self._demand(valid, account.timeline, deadline_s)
+            if resumption.complete is not None:
+                demand = Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=0)
             entry = self._table.enter(
                 valid.request_id,
-                self._demand(valid, account.timeline, deadline_s),
+                demand,
                 predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
                 completion_tokens=lambda: account.completion_tokens,
             )
             async with entry:
-                await self._answer(facts, account, stream, hashes, deadline_s=deadline_s)
+                await self._answer(
+                    facts, account, stream, hashes, deadline_s=deadline_s, resumption=resumption
+                )
 
     async def attach(
         self,
@@ -239,13 +251,13 @@ class Inference:
     async def _parse(
         self, request: pb.GenerateRequest, facts: ModelFacts, caller: Caller, turn: Turn | None
     ) -> ValidRequest:
-        history = NO_HISTORY if turn is None else turn.history
+        history = NO_HISTORY if turn is None or turn.is_past else turn.history
         tokenizer = self._model.tokenizer
         parse = partial(parse_generate, request, facts, tokenizer, caller=caller, history=history)
         # A conversation may have to be tokenized anew.
         inline = request.ByteSize() + 4 * len(history.tokens) <= INLINE_BYTES
         valid = parse() if inline else await asyncio.to_thread(parse)
-        if turn is None:
+        if turn is None or turn.is_past:
             return valid
         if valid.sampling.n > 1:
             problem = "must be 1 in a session, which goes on with one answer"
@@ -343,7 +355,9 @@ class Inference:
         return TurnResult(
             model=facts.model,
             prompt=valid.prompt,
-            output=output.generated,
+            output=TokenChunk(0, tuple(output.generated), tuple(output.logprobs)),
+            reason=answer.reasons[0],
+            seed=valid.sampling.seed,
             answer=output.said,
             exact=output.stop is None and (end is None or bool(special)),
             cached_tokens=account.cached_tokens,

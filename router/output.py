@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from baton.types import FinishReason, TokenChunk
+from baton.types import FinishReason, PositionLogprobs, TokenChunk
 from router.text import OutputText
 
 MAX_PIECE_TOKENS = 256
@@ -62,6 +62,8 @@ class Output:
         self._on_close: Callable[[], None] = lambda: None
         self.generated: list[int] = []
         """Every token of the output."""
+        self.logprobs: list[PositionLogprobs] = []
+        """Theirs, where they were asked for."""
         self.stop: str | None = None
         """The stop string that ended it."""
         self.stop_token_id: int | None = None
@@ -99,6 +101,7 @@ class Output:
             self.stop_token_id = update.stop_token_id
         if taken.token_ids:
             self.generated.extend(taken.token_ids)
+            self.logprobs.extend(taken.logprobs)
             if immediate:
                 self._add(update.text, taken)
             else:

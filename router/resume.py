@@ -1,4 +1,6 @@
-"""What to do for a client that attaches, given what workers hold of its request. Pure."""
+"""What to do for a client that attaches, given what workers hold of its request; and for one that asks again for a session's turn that
+the session has. Pure.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,6 +10,8 @@ from baton.types import RequestId
 from baton.v1 import inference_pb2 as pb
 from router.answer import Known, Resumption
 from router.attach import HeldAttempt
+from router.generation import Complete
+from router.sessions.turn import Turn
 from router.validation import ValidRequest
 
 
@@ -37,6 +41,24 @@ def resume(
         if not _lacks_logprobs(each, known[choice] if choice < len(known) else Known())
     }
     return valid, Resumption(usable, known, record.deadline_unix_s)
+
+
+def repeat(request: pb.GenerateRequest, turn: Turn) -> tuple[pb.GenerateRequest, Resumption]:
+    """The request with its whole prompt and its seed, and its answer. Precondition: the turn is past."""
+    session, answered = turn.session, turn.history.answered
+    assert answered is not None
+    whole = pb.GenerateRequest()
+    whole.CopyFrom(request)
+    whole.tokens.ids[:] = turn.history.last_prompt
+    whole.sampling.seed = answered.seed
+    complete = Complete(
+        tokens=answered.tokens,
+        reason=answered.reason,
+        cached_tokens=session.last_cached_tokens,
+        prefill_worker=session.prefill_worker,
+        decode_worker=session.decode_worker,
+    )
+    return whole, Resumption({}, (), complete=complete)
 
 
 def _lacks_logprobs(held: HeldAttempt, known: Known) -> bool:

@@ -11,7 +11,6 @@ between turns but what `RecentSessions` tells of it.
 import asyncio
 import logging
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -40,6 +39,8 @@ from router.sessions.record import (
     SessionId,
     SessionKey,
     bounded_s,
+    mark_in,
+    new_lease_id,
     new_session_id,
 )
 from router.sessions.store import Query, SessionStore
@@ -144,17 +145,18 @@ class SessionManager:
 
     @asynccontextmanager
     async def turn(
-        self, tenant: str, session_id: str, *, model: str, lease_id: str = ""
+        self, tenant: str, session_id: str, *, model: str, mark: str = "", lease_id: str = ""
     ) -> AsyncIterator[Turn | None]:
         """Runs a turn inside the context, which must end it with `Turn.finish`; else, or where that fails, the session is as it was
-        before. None without a session id. With the lease id of a turn that another router began, goes on with that turn, or reads it
-        once more where it has finished. Raises `NotFoundError`, `SessionBusyError`, and, in the turn's own task too,
-        `SessionLostError`.
+        before. None without a session id. Where the request of that mark is the session's last turn already, the turn `is_past`, and
+        its history has the answer. With the lease id of a turn that another router began, goes on with that turn, or reads it
+        once more where it has finished. Raises `NotFoundError`, `SessionBusyError`, `AbortedError` for a request that is an earlier
+        turn, and, in the turn's own task too, `SessionLostError`.
         """
         if not session_id:
             yield None
             return
-        turn = await self._begin(_key(tenant, session_id), model, lease_id)
+        turn = await self._begin(_key(tenant, session_id), model, mark, lease_id)
         if turn.is_past:
             yield turn
             return
@@ -185,9 +187,9 @@ class SessionManager:
             if not turn.finished and not left:
                 await self._abandon(turn, error)
 
-    async def _begin(self, key: SessionKey, model: str, resumed_lease_id: str) -> Turn:
+    async def _begin(self, key: SessionKey, model: str, mark: str, resumed_lease_id: str) -> Turn:
         now_s = self._clock()
-        lease_id = resumed_lease_id or secrets.token_hex(8)
+        lease_id = resumed_lease_id or new_lease_id(mark)
         lease = Lease(lease_id, now_s + self._settings.session_lease_s)
         if resumed_lease_id and not await self._do("renew", self._store.renew(key, lease)):
             session = await self.get(key.tenant, key.session_id)
@@ -204,10 +206,10 @@ class SessionManager:
         if begun is None:
             raise NotFoundError("session", key.session_id)
         turn = self._turn(*begun, lease, outlives=bool(resumed_lease_id))
-        if turn.is_past:  # since a moment ago
+        if turn.is_past:
             await self._settle("abandon", self._store.end_turn(turn.session, None, lease))
             return turn
-        refused = self._refusal(turn.session, model)
+        refused = self._refusal(turn, model)
         if refused is not None:
             await self._abandon(turn, refused)
             raise refused
@@ -217,8 +219,11 @@ class SessionManager:
         commit, clock = self._commit, self._clock
         return Turn(session, history, lease, commit=commit, clock=clock, outlives=outlives)
 
-    def _refusal(self, session: Session, model: str) -> BatonError | None:
-        """Why it takes no more turns."""
+    def _refusal(self, turn: Turn, model: str) -> BatonError | None:
+        """Why the session does not take this turn."""
+        session = turn.session
+        if mark_in(turn.lease.lease_id) in session.earlier_marks:
+            return AbortedError("the request is a turn of the session already, and others followed")
         if model and session.model and session.model != model:
             problem = f"is a session of the model {session.model!r}"
             return InvalidRequestError(FieldViolation("session_id", problem))

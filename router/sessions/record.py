@@ -1,12 +1,14 @@
 """What a session is: plain data, and its compact form in a store. No I/O, no clock.
 
     Session    what is told of it: counts, times, the last turn
-    History    what its next turn builds on: tokens and, of conversations, messages
-    Lease      the right to run its turn, for a while
+    History    what its next turn builds on: tokens and, of conversations, messages; and the last turn's answer
+    Lease      the right to run its turn, for a while. Its id begins with the mark of the request that the turn is
 
 Instants are seconds since the Unix epoch, because stores outlive processes.
 """
 
+import base64
+import hashlib
 import json
 import math
 import secrets
@@ -17,6 +19,9 @@ from typing import NewType
 
 import numpy as np
 
+from baton.codec import chunk_from_proto, chunk_to_proto
+from baton.types import FinishReason, TokenChunk
+from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTurn
 
 SessionId = NewType("SessionId", str)
@@ -57,6 +62,8 @@ class Session:
     decode_worker: str = ""
     cache_salt: str = ""
     last_lease_id: str = ""
+    earlier_marks: tuple[str, ...] = ()
+    """Of the requests that some turns before the last one were."""
     failed_turns: int = 0
     last_failure: str = ""
     """Why the last of them failed."""
@@ -74,6 +81,15 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What the last turn's client was told, or was about to be."""
+
+    seed: int
+    reason: FinishReason
+    tokens: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """What a session's next prompt begins with."""
 
@@ -82,6 +98,15 @@ class History:
     """Empty where the turns were not chats."""
     answer_in_tokens: bool = True
     """Of a conversation: whether the tokens end with the last message, the answer, or before it."""
+    answered: Answered | None = None
+    """None before the first turn, and where its request had no id by which to ask for it again."""
+
+    @property
+    def last_prompt(self) -> "array[int]":
+        """Of the turn that was answered."""
+        assert self.answered is not None
+        num_answered = len(self.answered.tokens.token_ids) if self.answer_in_tokens else 0
+        return self.tokens[: len(self.tokens) - num_answered]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +115,29 @@ class Lease:
 
     lease_id: str
     until_s: float
+
+
+def mark_of(request: inference_pb2.GenerateRequest) -> str:
+    """The same for a client that asks again, with the seed that it was told or without it, and for nothing else that is asked under
+    the same id. Empty where a request has no id, or is no turn of a session.
+    """
+    if not (request.request_id and request.session_id):
+        return ""
+    asked = inference_pb2.GenerateRequest()
+    asked.CopyFrom(request)
+    asked.sampling.SetInParent()
+    asked.sampling.ClearField("seed")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()[:32]
+
+
+def new_lease_id(mark: str) -> str:
+    """Of a turn that is the request of that mark."""
+    return f"{mark}-{secrets.token_hex(8)}"
+
+
+def mark_in(lease_id: str) -> str:
+    """The mark of the request; empty where it had none."""
+    return lease_id.rpartition("-")[0]
 
 
 def new_session_id(now_s: float) -> SessionId:
@@ -107,7 +155,9 @@ def encode_session(session: Session) -> bytes:
 
 def decode_session(key: SessionKey, data: bytes, leased_until_s: float) -> Session:
     """The inverse of `encode_session`."""
-    return Session(key=key, leased_until_s=leased_until_s, **json.loads(data))
+    values = json.loads(data)
+    values["earlier_marks"] = tuple(values.get("earlier_marks", ()))
+    return Session(key=key, leased_until_s=leased_until_s, **values)
 
 
 def encode_tokens(tokens: Sequence[int]) -> bytes:
@@ -116,13 +166,15 @@ def encode_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def encode_messages(history: History) -> bytes:
-    """Empty where there are none."""
-    if not history.messages:
+    """All of a history but its tokens; empty where there is nothing else."""
+    if not history.messages and history.answered is None:
         return b""
     pairs = [[message.role, message.content] for message in history.messages]
-    return json.dumps([history.answer_in_tokens, pairs], ensure_ascii=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    values: list[object] = [history.answer_in_tokens, pairs]
+    if (answered := history.answered) is not None:
+        tokens = chunk_to_proto(answered.tokens).SerializeToString()
+        values += [answered.seed, answered.reason.value, base64.b64encode(tokens).decode()]
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def decode_history(tokens: bytes, messages: bytes) -> History:
@@ -130,8 +182,18 @@ def decode_history(tokens: bytes, messages: bytes) -> History:
     ids = array("I", np.frombuffer(tokens, dtype="<u4").astype(np.uintc).tobytes())
     if not messages:
         return History(ids)
-    answer_in_tokens, pairs = json.loads(messages.decode("utf-8", "surrogatepass"))
-    return History(ids, tuple(ChatTurn(role, content) for role, content in pairs), answer_in_tokens)
+    answer_in_tokens, pairs, *answered = json.loads(messages.decode("utf-8", "surrogatepass"))
+    return History(
+        ids,
+        tuple(ChatTurn(role, content) for role, content in pairs),
+        answer_in_tokens,
+        _answered(*answered) if answered else None,
+    )
+
+
+def _answered(seed: int, reason: str, tokens: str) -> Answered:
+    chunk = common_pb2.TokenChunk.FromString(base64.b64decode(tokens))
+    return Answered(seed, FinishReason(reason), chunk_from_proto(chunk))
 
 
 def bounded_s(asked_s: float, limit_s: float) -> float:

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from baton.errors import SessionLostError
-from baton.types import TurnRecord, WorkerId
+from baton.types import FinishReason, TokenChunk, TurnRecord, WorkerId
 from router.chat import ChatTurn
 from router.placement import Resident
 from router.sessions.prompt import history_after
-from router.sessions.record import History, Lease, Session, SessionKey
+from router.sessions.record import Answered, History, Lease, Session, SessionKey, mark_in
+
+MAX_EARLIER = 15
+"""Requests before the last one that a session knows to be turns of its."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +26,10 @@ class TurnResult:
     model: str
     prompt: Sequence[int]
     """With the history."""
-    output: Sequence[int]
+    output: TokenChunk
+    """All of it."""
+    reason: FinishReason
+    seed: int
     answer: str
     exact: bool
     """The answer is the text of the output's tokens, but for a special token that ends it."""
@@ -67,8 +73,9 @@ class Turn:
 
     @property
     def is_past(self) -> bool:
-        """It is the last turn that the session has, and is read once more."""
-        return self.session.last_lease_id == self.lease.lease_id
+        """It is the last turn that the session has, and is read, or asked for, once more."""
+        last, own = self.session.last_lease_id, self.lease.lease_id
+        return own == last or (mark_in(own) == mark_in(last) and bool(mark_in(own)))
 
     @property
     def number(self) -> int:
@@ -98,14 +105,19 @@ class Turn:
         if self.is_past:
             return
         before, self._ending = self.session, True
-        self.history = history_after(
+        history = history_after(
             self.history,
             self.messages,
             prompt=result.prompt,
-            output=result.output,
+            output=result.output.token_ids,
             answer=result.answer,
             exact=result.exact,
         )
+        earlier = (*before.earlier_marks, mark_in(before.last_lease_id))
+        if mark_in(self.lease.lease_id):
+            answered = Answered(result.seed, result.reason, result.output)
+            history = replace(history, answered=answered)
+        self.history = history
         await self._commit(
             self,
             replace(
@@ -113,15 +125,16 @@ class Turn:
                 model=result.model,
                 updated_s=self._clock(),
                 turns=self.number,
-                history_tokens=len(result.prompt) + len(result.output),
+                history_tokens=len(result.prompt) + len(result.output.token_ids),
                 prompt_tokens=before.prompt_tokens + len(result.prompt),
                 cached_tokens=before.cached_tokens + result.cached_tokens,
-                completion_tokens=before.completion_tokens + len(result.output),
+                completion_tokens=before.completion_tokens + len(result.output.token_ids),
                 last_cached_tokens=result.cached_tokens,
                 prefill_worker=result.prefill_worker,
                 decode_worker=result.decode_worker,
                 cache_salt=result.cache_salt,
                 last_lease_id=self.lease.lease_id,
+                earlier_marks=tuple(filter(None, earlier))[-MAX_EARLIER:],
             ),
         )
         self.finished = True

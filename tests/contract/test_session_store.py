@@ -12,9 +12,11 @@ import pytest
 from redis import Redis
 
 from baton.errors import SessionBusyError, UnavailableError
+from baton.types import FinishReason, PositionLogprobs, TokenChunk, TokenLogprob
 from router.chat import ChatTurn
 from router.sessions.location import open_store
 from router.sessions.record import (
+    Answered,
     History,
     Lease,
     Session,
@@ -76,8 +78,19 @@ def lease(name: str = "a", until_s: float = NOW_S + 10) -> Lease:
     return Lease(name, until_s)
 
 
-async def test_what_was_written_is_read_back(store: SessionStore) -> None:
-    """Every field, and every kind of token and text."""
+LOGPROBS = PositionLogprobs(TokenLogprob(7, -2.25), (TokenLogprob(2**31, -0.5),))
+ANSWERS = [
+    Answered(2**64 - 1, FinishReason.STOP, TokenChunk(0, (2**31, 7), (LOGPROBS, LOGPROBS))),
+    Answered(0, FinishReason.LENGTH, TokenChunk(0, (1,))),
+    None,
+]
+
+
+@pytest.mark.parametrize("answered", ANSWERS)
+async def test_what_was_written_is_read_back(
+    store: SessionStore, answered: Answered | None
+) -> None:
+    """Every field, and every kind of token, text and answer."""
     made = await created(store, "tenant:with colons ü")
     assert await store.get(made.key, NOW_S) == made
     begun = await store.begin_turn(made.key, lease(), NOW_S)
@@ -86,6 +99,7 @@ async def test_what_was_written_is_read_back(store: SessionStore) -> None:
         array("I", [0, 1, 255, 2**31, 2**32 - 1]),
         (ChatTurn("user", "snow ☃\n\0"), ChatTurn("assistant", "\ud800")),
         answer_in_tokens=False,
+        answered=answered,
     )
     changed = replace(
         made,
@@ -97,6 +111,8 @@ async def test_what_was_written_is_read_back(store: SessionStore) -> None:
         last_cached_tokens=2,
         prefill_worker="p",
         decode_worker="d",
+        last_lease_id="b-1",
+        earlier_marks=("c", "a"),
         failed_turns=1,
         last_failure="why",
         updated_s=NOW_S + 1.5,
@@ -112,7 +128,7 @@ async def test_what_was_written_is_read_back(store: SessionStore) -> None:
 async def test_a_turn_that_leaves_no_history_keeps_the_one_before(store: SessionStore) -> None:
     made = await created(store)
     await store.begin_turn(made.key, lease(), NOW_S)
-    history = History(array("I", [1, 2, 3]))
+    history = History(array("I", [1, 2, 3]), answered=ANSWERS[0])
     await store.end_turn(made, history, lease())
     await store.begin_turn(made.key, lease("b"), NOW_S)
     assert await store.end_turn(replace(made, failed_turns=1), None, lease("b"))

@@ -30,9 +30,12 @@ SIM = SimConfig(num_blocks=512, max_batch_tokens=256, step_s=0.01)
 class RouterProcess:
     """`python -m router`. The ports that clients know stay the same when it is started again."""
 
-    def __init__(self, environ: Mapping[str, str], *, http: bool = False) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], *, http: bool = False, module: str = "router"
+    ) -> None:
         """`environ` is added to this process's, sessions are kept in memory but where it says otherwise; `http` asks for an HTTP port."""
         self._environ = {"BATON_SESSION_STORE": "sqlite://", **environ}
+        self._module = module
         self.port = free_port()
         self.http_port = free_port() if http else 0
         """0 where there is none."""
@@ -40,7 +43,7 @@ class RouterProcess:
 
     def start(self) -> Self:
         """Returns once it serves. Fails with what it said."""
-        command = [sys.executable, "-m", "router", "--listen", self.address]
+        command = [sys.executable, "-m", self._module, "--listen", self.address]
         if self.http_port:
             command += ["--http", self.http_address]
         with tempfile.NamedTemporaryFile(prefix="baton-router-") as log:
@@ -139,11 +142,15 @@ class Workers:
 
 @asynccontextmanager
 async def fleet(
-    *, routers: int = 2, sim: SimConfig = SIM, environ: Mapping[str, str] = MappingProxyType({})
+    *,
+    routers: int = 2,
+    sim: SimConfig = SIM,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    module: str = "router",
 ) -> AsyncIterator[tuple[list[RouterProcess], Workers]]:
     """Everything up, and every router with its workers."""
     async with AsyncExitStack() as stack:
-        processes = [RouterProcess(environ) for _ in range(routers)]
+        processes = [RouterProcess(environ, module=module) for _ in range(routers)]
         for process in processes:
             stack.callback(process.end)
             await asyncio.to_thread(process.start)

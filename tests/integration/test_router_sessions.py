@@ -16,6 +16,7 @@ from baton.cli.config import shipped_model
 from baton.client import AsyncClient, ChatMessage, Client, Result, SamplingOptions, SessionState
 from baton.engine.sim import SimConfig
 from baton.errors import (
+    AbortedError,
     CancelledError,
     CapacityError,
     InvalidRequestError,
@@ -304,6 +305,79 @@ async def test_a_turn_that_has_finished_may_be_read_again_and_counts_once() -> N
             async with client.attach(first.request_id) as stream:
                 await stream.read()
         assert await client.sessions.get(session) == after
+
+
+SAID = {
+    "greedy": GREEDY,
+    "seeded, with logprobs": replace(GREEDY, temperature=1.0, seed=5, logprobs=2),
+    "unseeded": replace(GREEDY, temperature=1.0),
+    "one token": replace(GREEDY, max_tokens=1),
+    "its own end": replace(GREEDY, max_tokens=200, stop_token_ids=tuple(range(200))),
+}
+
+
+@pytest.mark.parametrize("sampling", SAID.values(), ids=SAID)
+async def test_a_turn_that_is_asked_for_again_is_told_again(sampling: SamplingOptions) -> None:
+    """Promise: a request that repeats the id and the content of the session's last turn gets that turn's answer, whole, and the session
+    has it once; even where no worker is left that could answer.
+    """
+    async with house(orphan_grace_s=0.0) as here:
+        client = here.clients[0]
+        session = await client.sessions.create()
+        await client.complete(FIRST, sampling=GREEDY, session=session)
+        turn = {"sampling": sampling, "session": session, "request_id": "a"}
+        told = await client.complete(SECOND, **turn)
+        after = await client.sessions.get(session)
+        for seed in (sampling.seed, told.seed):
+            again = await client.complete(
+                SECOND, **(turn | {"sampling": replace(sampling, seed=seed)})
+            )
+            assert replace(again, timings=told.timings) == told
+            assert again.timings.placed_at_s is None, "nothing was computed"
+            assert await client.sessions.get(session) == after
+
+
+async def test_what_is_asked_for_again_is_known_by_its_id_and_content() -> None:
+    """Promise: other content under a used id is another turn, and so is the same content without an id; a turn that others followed is
+    refused rather than had twice.
+    """
+    async with house() as here:
+        client = here.clients[0]
+        session = await client.sessions.create()
+        for number, prompt in enumerate((FIRST, SECOND, (1, 2)), start=1):
+            turn = await client.complete(prompt, sampling=GREEDY, session=session, request_id="a")
+            assert turn.session is not None
+            assert turn.session.turn == number
+        for number in (4, 5):
+            turn = await client.complete((3,), sampling=GREEDY, session=session, request_id="")
+            assert turn.session is not None
+            assert turn.session.turn == number
+        with pytest.raises(AbortedError, match="others followed"):
+            await client.complete(SECOND, sampling=GREEDY, session=session, request_id="a")
+        now = await client.sessions.get(session)
+        assert (now.turns, now.state) == (5, SessionState.IDLE)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut by a stop"])
+async def test_a_chat_turn_that_is_asked_for_again_is_told_again(cut: bool) -> None:  # noqa: FBT001
+    """Promise: so is an answer that the history has as text only."""
+    tokenizer = Tokenizer.load(str(shipped_model()))
+    sim = replace(SIM, vocab_size=2336, eos_token_ids=(1,))
+    async with house(sim=sim, tokenizer=tokenizer, orphan_grace_s=0.0) as here:
+        client = here.clients[0]
+        story = [ChatMessage("user", "Nora has a hat. Who has it?")]
+        calm = await client.complete(story, sampling=GREEDY)
+        stops = (calm.text[30:36],) if cut else ()
+        sampling = replace(GREEDY, stop=stops)
+        session = await client.sessions.create()
+        told = await client.complete(story, sampling=sampling, session=session)
+        assert (told.stop_string is not None) == cut
+        again = await client.complete(
+            story, sampling=sampling, session=session, request_id=told.request_id
+        )
+        assert replace(again, timings=told.timings) == told
+        question = [ChatMessage("user", "Who has the other?")]
+        assert (await client.complete(question, session=session, sampling=GREEDY)).session
 
 
 async def test_closing_a_session_ends_its_turn() -> None:

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from baton.errors import (
+    AbortedError,
     CapacityError,
     InvalidRequestError,
     SessionBusyError,
@@ -17,17 +18,20 @@ from baton.errors import (
     UnavailableError,
 )
 from baton.service.settings import RouterSettings
+from baton.types import FinishReason, TokenChunk
 from router.sessions.manager import SessionManager
 from router.sessions.metrics import SessionMetrics
-from router.sessions.record import History, Lease, Session, SessionKey
+from router.sessions.record import Answered, History, Lease, Session, SessionKey
 from router.sessions.sqlite import SqliteStore
-from router.sessions.turn import TurnResult
+from router.sessions.turn import MAX_EARLIER, TurnResult
 
 SETTINGS = RouterSettings(session_lease_s=0.15, max_sessions=3)
 RESULT = TurnResult(
     model="m",
     prompt=(1, 2, 3),
-    output=(4, 5),
+    output=TokenChunk(0, (4, 5)),
+    reason=FinishReason.LENGTH,
+    seed=7,
     answer="",
     exact=True,
     cached_tokens=2,
@@ -267,6 +271,32 @@ async def test_a_turn_whose_session_was_taken_over_ends(*, finishing: bool) -> N
 
         with pytest.raises(SessionLostError):
             await take()
+
+
+async def test_a_session_knows_the_requests_of_its_latest_turns() -> None:
+    """The last one is past, and its answer is there; earlier ones are refused, and cost the session nothing; no record grows for ever."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        marks = [f"{number:032x}" for number in range(MAX_EARLIER + 2)]
+        for mark in marks:
+            async with rig.manager.turn("", session.key.session_id, model="m", mark=mark) as turn:
+                assert turn is not None
+                assert not turn.is_past
+                await turn.finish(RESULT)
+        last = await rig.told(session)
+        assert (last.turns, len(last.earlier_marks)) == (len(marks), MAX_EARLIER)
+        async with rig.manager.turn("", session.key.session_id, model="m", mark=marks[-1]) as turn:
+            assert turn is not None
+            assert (turn.is_past, turn.number) == (True, len(marks))
+            assert turn.history.answered == Answered(7, FinishReason.LENGTH, RESULT.output)
+            assert list(turn.history.last_prompt) == [1, 2, 3]
+            await turn.finish(RESULT)
+        assert await rig.told(session) == last
+        with pytest.raises(AbortedError):
+            async with rig.manager.turn("", session.key.session_id, model="m", mark=marks[-2]):
+                pass
+        told = await rig.told(session)
+        assert (told.turns, rig.manager.is_generating(told)) == (len(marks), False)
 
 
 async def test_a_full_store_makes_room_of_what_has_expired() -> None:
