@@ -30,11 +30,16 @@ from router.placement import (
     Resident,
 )
 from router.registry import Claim, Registry
+from router.releases import Releases
 
 _log = logging.getLogger(__name__)
 
 SILENCE_S = 1.0
 """A member that was not heard for two heartbeats, and for so long at least, gets requests only where no other can."""
+
+
+MAX_GONE = 64
+"""Workers that are no members any more, and may join again, for which releases are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,8 @@ class Fleet:
         self._policy = policy
         self._metrics = metrics
         self._members: dict[WorkerId, Member] = {}
+        self._releases: dict[WorkerId, Releases] = {}
+        """Of members, and of some that were; whoever joined last stands last."""
         self._draining: set[WorkerId] = set()
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -90,7 +97,9 @@ class Fleet:
         if earlier is not None:
             self.leave(earlier, "it joined anew")
         session = self.registry.join(info, time.monotonic())
-        member = Member(info, session, open_channel(info.address, self._settings))
+        releases = self._releases.pop(info.worker_id, None) or Releases()
+        self._releases[info.worker_id] = releases
+        member = Member(info, session, open_channel(info.address, self._settings), releases)
         self._members[info.worker_id] = member
         _log.info("%s worker %s joined at %s", info.role.value, info.worker_id, info.address)
         self._tell()
@@ -147,6 +156,9 @@ class Fleet:
         self._draining.discard(member.worker_id)
         _log.info("worker %s left: %s", member.worker_id, why)
         member.lose(why)
+        gone = [worker_id for worker_id in self._releases if worker_id not in self._members]
+        for worker_id in gone[:-MAX_GONE]:
+            del self._releases[worker_id]
         task = asyncio.create_task(member.close(), name=f"close {member.worker_id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

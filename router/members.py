@@ -25,14 +25,17 @@ from baton.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from router.releases import Release, Releases
 from router.streams import Call, DirectCall
 from router.tunnel import Tunnel
 
 PREFILL = "/baton.v1.PrefillService/Prefill"
 DECODE = "/baton.v1.DecodeService/Decode"
 
-RELEASE_TIMEOUT_S = 1.0
-"""Releasing is a courtesy: a worker also lets go by itself, of a prompt at once, of an answer after its grace."""
+RELEASE_TIMEOUT_S = 10.0
+"""A worker that does not answer a release by then will be told when it joins again, or lets go by itself, of a prompt at once, of an answer
+after its grace.
+"""
 HAND_OVER_TIMEOUT_S = 2.0
 """An engine whose step takes longer goes on with the request itself."""
 FIND_TIMEOUT_S = 1.0
@@ -49,7 +52,10 @@ LostCallback = Callable[[UnavailableError], None]
 class Member:
     """See the module docstring."""
 
-    def __init__(self, info: WorkerInfo, session: int, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, info: WorkerInfo, session: int, channel: grpc.aio.Channel, releases: Releases
+    ) -> None:
+        """Takes over the channel. `releases` are the worker's, over all its memberships."""
         self.info = info
         self.session = session
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
@@ -64,9 +70,11 @@ class Member:
         """As the worker last told."""
         self.joined_at_s = time.monotonic()
         self._leavers: set[Callable[[], None]] = set()
-        self._releases: set[asyncio.Task[None]] = set()
+        self._releases = releases
+        self._releasing: set[asyncio.Task[None]] = set()
         self.keeps_orphans = False
         """Set where this router stops: what its requests leave behind is for another router to go on with."""
+        releases.connect(self._send_release)
 
     @property
     def worker_id(self) -> WorkerId:
@@ -176,40 +184,47 @@ class Member:
         if self._lost is not None:
             return
         self._lost = UnavailableError(f"worker {self.worker_id} is gone: {why}")
+        self._releases.disconnect()
         for on_lost in tuple(self._watchers):
             on_lost(self._lost)
 
     def release_prefill(self, key: AttemptKey) -> None:
-        """Tells a prefill worker, in the background and once, to let go of an attempt whose call broke."""
-        request = prefill_pb2.ReleaseRequest(key=codec.key_to_proto(key))
-        self._release(lambda: self._prefill.Release(request, timeout=RELEASE_TIMEOUT_S))
+        """Has a prefill worker let go of an attempt whose call broke, in the background."""
+        self._releases.owe(Release(Role.PREFILL, key))
 
     def release_decode(self, key: AttemptKey, holder: str) -> None:
-        """Tells a decode worker, in the background and once, that nobody will attach to an attempt any more."""
-        if self.keeps_orphans:
-            return
-        request = decode_pb2.DecodeServiceReleaseRequest(key=codec.key_to_proto(key), holder=holder)
-        self._release(lambda: self._decode.Release(request, timeout=RELEASE_TIMEOUT_S))
+        """Has a decode worker let go of an attempt that nobody will attach to any more, in the background."""
+        if not self.keeps_orphans:
+            self._releases.owe(Release(Role.DECODE, key, holder))
 
     async def close(self) -> None:
         """Ends the channel, and what still runs on it after a grace. Precondition: lost."""
         await self.tunnel.close()
         await self._channel.close(CLOSE_GRACE_S)
-        for task in tuple(self._releases):
+        for task in tuple(self._releasing):
             task.cancel()
-        await asyncio.gather(*self._releases, return_exceptions=True)
+        await asyncio.gather(*self._releasing, return_exceptions=True)
 
-    def _release(self, call: Callable[[], Awaitable[object]]) -> None:
-        if self._lost is not None:
-            return
+    def _send_release(self, release: Release) -> None:
+        async def send() -> None:
+            with suppress(grpc.aio.AioRpcError):
+                await self._call_release(release)
+                self._releases.settle(release)
 
-        async def release() -> None:
-            with suppress(grpc.aio.AioRpcError):  # it is dead, or lets go once its grace is over
-                await call()
+        task = asyncio.create_task(send(), name=f"release on {self.worker_id}")
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
 
-        task = asyncio.create_task(release(), name=f"release on {self.worker_id}")
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
+    def _call_release(self, release: Release) -> Awaitable[object]:
+        key = codec.key_to_proto(release.key)
+        answer: Awaitable[object]
+        if release.role is Role.PREFILL:
+            prompt = prefill_pb2.ReleaseRequest(key=key)
+            answer = self._prefill.Release(prompt, timeout=RELEASE_TIMEOUT_S)
+        else:
+            held = decode_pb2.DecodeServiceReleaseRequest(key=key, holder=release.holder)
+            answer = self._decode.Release(held, timeout=RELEASE_TIMEOUT_S)
+        return answer
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:
