@@ -2,6 +2,7 @@
 
     offer(demand)  -> Admit | Queue | Reject
     leave(ticket)  -> the tickets whose turn came by that
+    refresh()      -> the same, where a tenant's limits have changed
 
 1. A request that its tenant's token rate does not permit yet is refused, and so is one whose first token cannot come within its
    budget, as far as that can be predicted: before any work, and with the time after which to try again.
@@ -142,14 +143,18 @@ class Admission:
             self._rest(now_s)
         return admitted
 
+    def refresh(self, now_s: float) -> list[Ticket]:
+        """Tenants' limits may have changed; returns the tickets admitted by that."""
+        for name, tenant in self._tenants.items():
+            tenant.limit(self._limits(name), now_s)
+        return self._admit_waiting()
+
     def check_integrity(self) -> None:
-        """Raises AssertionError where the books do not balance, a limit is passed, or a place is empty that somebody may take."""
+        """Raises AssertionError where the books do not balance, or a place is empty that somebody may take."""
         tenants = self._tenants.values()
         assert self._running == sum(t.running for t in tenants) <= self._max_running
         assert self._queued == sum(len(t.queue) for t in tenants) <= self._max_queued
         for name, tenant in self._tenants.items():
-            limit = tenant.limits.max_running
-            assert limit is None or tenant.running <= limit
             for order, ticket in tenant.queue:
                 assert ticket.queued
                 assert not ticket.running
@@ -163,11 +168,12 @@ class Admission:
             tenant = self._tenants[name] = Tenant(self._limits(name))
             tenant.charge(0.0, now_s)
         elif not tenant.running and not tenant.queue:
-            # They may have changed. Of a tenant that is here, nobody would be told that he may run now.
-            tenant.limits = self._limits(name)
+            # They may have changed. Of a tenant that is here, those that wait come first: see `refresh`.
+            tenant.limit(self._limits(name), now_s)
         return tenant
 
     def _admit(self, tenant: Tenant, ticket: Ticket) -> None:
+        assert tenant.may_run
         # A tenant that did not wait has no claim to what it let pass.
         self._clock = max(self._clock, tenant.clock)
         tenant.clock = self._clock + ticket.cost_tokens / tenant.limits.weight

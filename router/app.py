@@ -112,7 +112,8 @@ class RouterApp:
         self._tracing: Tracing = NoTracing()
         self._status_line = StatusLine(self._snapshot, settings.status_line_s)
         self.metrics_port = 0
-        self._autoscaling: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        """Run until it stops."""
 
     @property
     def port(self) -> int:
@@ -150,9 +151,10 @@ class RouterApp:
         sessions.start()
         await self._ports.set_serving(serving=True)
         self._status_line.start()
+        self._tasks.append(asyncio.create_task(self.table.follow_limits(), name="limits"))
         if self._settings.autoscale:
             autoscaler = Autoscaler(self.fleet, self._settings, self.metrics)
-            self._autoscaling = asyncio.create_task(autoscaler.run(), name="autoscaler")
+            self._tasks.append(asyncio.create_task(autoscaler.run(), name="autoscaler"))
         ports = (self.port, self.fleet_port, self.metrics_port)
         _log.info("serving on port %d, workers join on port %d, metrics on port %d", *ports)
         if self.http is not None:
@@ -172,9 +174,10 @@ class RouterApp:
 
     async def stop(self) -> None:
         """Ends everything at once. Idempotent."""
-        if self._autoscaling is not None:
-            self._autoscaling.cancel()
-            await asyncio.wait({self._autoscaling})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         self.table.refuse_new()
         self.fleet.keep_orphans()
         self.table.abort_all(DrainingError("the router stopped"))

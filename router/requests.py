@@ -23,6 +23,9 @@ from baton.types import RequestId
 from router.admission import Admission, Admit, Reject, late_by_s, too_late
 from router.tenants import Demand, Ticket
 
+LIMITS_INTERVAL_S = 1.0
+"""How often it is looked whether tenants' limits have changed."""
+
 
 class _Running:
     """One request, and the task that serves it."""
@@ -132,6 +135,13 @@ class RequestTable:
     def refuse_new(self) -> None:
         """From now on, no request enters."""
         self._refuses = True
+
+    async def follow_limits(self) -> None:
+        """Applies changes of tenants' limits to those who are here. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(LIMITS_INTERVAL_S)
+            for admitted in self._admission.refresh(time.monotonic()):
+                self._tell(admitted, None)
 
     async def idle(self, timeout_s: float) -> bool:
         """Returns once no request is here; False after the timeout."""

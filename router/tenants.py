@@ -67,6 +67,11 @@ class Tenant:
         """Whether its concurrency permits one more."""
         return self.limits.max_running is None or self.running < self.limits.max_running
 
+    def limit(self, limits: TenantLimits, now_s: float) -> None:
+        """What it may use from now on; what runs beyond that goes on."""
+        self.charge(0.0, now_s)
+        self.limits = limits
+
     def cost_of(self, demand: Demand) -> float:
         """A guess: most outputs end long before their limit."""
         return demand.prompt_tokens + min(demand.max_tokens, self._usual_output_tokens)

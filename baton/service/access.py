@@ -57,7 +57,7 @@ class Access(Protocol):
         ...
 
     def limits_of(self, tenant: str) -> TenantLimits:
-        """What a tenant may use; no I/O."""
+        """What a tenant may use now."""
         ...
 
 
@@ -81,11 +81,9 @@ class KeyAccess:
         """Raises `InvalidRequestError` where the file is unusable. `private_caches` counts for every tenant."""
         self._keys: Reloaded[KeyRing] = Reloaded([path], lambda: load_keys(path))
         self._private_caches = private_caches
-        self._ring = self._keys.value
-        """Of the last call."""
 
     def find(self, authorization: str | None) -> Caller:
-        ring = self._ring = self._keys.value
+        ring = self._keys.value
         key = ring.find(_presented(authorization))
         if key is None:
             raise UnauthenticatedError("the API key is not valid")
@@ -98,7 +96,7 @@ class KeyAccess:
         )
 
     def limits_of(self, tenant: str) -> TenantLimits:
-        return self._ring.limits_of(tenant)
+        return self._keys.value.limits_of(tenant)
 
 
 class WatchedAccess:

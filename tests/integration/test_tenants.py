@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from baton.engine.sim import SimConfig
 from baton.errors import (
     AbortedError,
     BatonError,
@@ -24,7 +25,7 @@ from baton.service.keys import TenantLimits, add_key, new_key, remove_key
 from baton.service.status import error_from_rpc
 from baton.v1 import fleet_pb2_grpc, inference_pb2, session_pb2
 from tests.integration.router_fakes import SETTINGS, Answer, request
-from tests.integration.sim_house import House, house, prompt_of
+from tests.integration.sim_house import SIM, House, house, prompt_of
 from tests.worker_rig import error_of
 
 
@@ -60,14 +61,16 @@ def keys(tmp_path: Path) -> Keys:
 
 
 @asynccontextmanager
-async def guarded(keys: Keys, *, private_caches: bool = False) -> AsyncIterator[House]:
+async def guarded(
+    keys: Keys, *, private_caches: bool = False, sim: SimConfig = SIM
+) -> AsyncIterator[House]:
     settings = replace(
         SETTINGS,
         api_keys_file=keys.file,
         fleet_listen="127.0.0.1:0",
         private_caches=private_caches,
     )
-    async with house(1, 1, settings=settings) as here:
+    async with house(1, 1, settings=settings, sim=sim) as here:
         yield here
 
 
@@ -85,6 +88,11 @@ async def ask(here: House, key: str, number: int = 1, **changes: Any) -> Answer:
     except grpc.aio.AioRpcError as error:
         raise error_from_rpc(error) from error
     return answer
+
+
+async def ask_for_ever(here: House, key: str) -> None:
+    while True:
+        await ask(here, key)
 
 
 async def failure(call: Any) -> BatonError:
@@ -238,7 +246,7 @@ async def test_another_tenants_turn_is_not_to_be_attached_to(keys: Keys) -> None
 
 
 async def test_a_tenants_limits_are_those_of_its_last_key(keys: Keys) -> None:
-    """Promise: they bind its older keys too, from when it is at rest, and no other tenant."""
+    """Promise: they bind its older keys too, and no other tenant."""
     ours, theirs = keys.make("acme"), keys.make("rival")
     async with guarded(keys) as here:
         for key in (ours, ours, theirs):
@@ -251,6 +259,36 @@ async def test_a_tenants_limits_are_those_of_its_last_key(keys: Keys) -> None:
         await ask(here, theirs)
         keys.make("acme")
         await ask(here, ours)
+
+
+async def test_changed_limits_count_for_a_tenant_that_is_never_at_rest(keys: Keys) -> None:
+    """Promise: more concurrency lets in who waits, without another call; less, and a lower token rate, count for whoever comes next."""
+    key = keys.make("acme", limits=TenantLimits(max_running=1))
+    async with guarded(keys, sim=replace(SIM, step_s=0.01)) as here, asyncio.timeout(40):
+
+        async def waiting(count: int) -> None:
+            while here.app.table.num_waiting != count:  # noqa: ASYNC110 - the router's own tasks
+                await asyncio.sleep(0.01)
+
+        message = request(prompt=prompt_of(3), max_tokens=3000, ignore_eos=True)
+        long = here.inference.Generate(message, metadata=bearing(key), timeout=60)
+        await long.read()
+        second = asyncio.create_task(ask(here, key))
+        await waiting(1)
+        keys.make("acme", limits=TenantLimits(max_running=2))
+        await second
+        keys.make("acme", limits=TenantLimits(max_running=1))
+        while not here.app.table.num_waiting:
+            third = asyncio.create_task(ask(here, key))
+            while not (third.done() or here.app.table.num_waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        keys.make("acme", limits=TenantLimits(tokens_per_s=0.01, burst_tokens=1))
+        await third
+        with pytest.raises(CapacityError, match="rate"):
+            await ask_for_ever(here, key)
+        assert (await long.read()).HasField("chunk"), "it runs on"
+        long.cancel()
+        assert await here.app.table.idle(10)
 
 
 async def test_only_administrators_see_the_workers(keys: Keys) -> None:

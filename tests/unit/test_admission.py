@@ -264,20 +264,42 @@ def test_no_request_starves_whatever_comes_after_it(priorities: list[int], victi
         assert now_s <= longest_s
 
 
-def test_changed_limits_count_once_the_tenant_rests() -> None:
-    """Though others are served without a pause."""
+def test_a_changed_concurrency_counts_for_a_busy_tenant() -> None:
+    """More of those that wait are served at once, in their order; beyond a lower one, what runs goes on and nothing follows it."""
     known = {"a": TenantLimits(max_running=1)}
     house = admission(10, limits=known)
-    admitted(house.offer(demand("b"), 0.0, None))
     first = admitted(house.offer(demand("a"), 0.0, None))
-    known["a"] = TenantLimits(max_running=2)
-    second = queued(house.offer(demand("a"), 1.0, None))
-    assert house.leave(first, 2.0) == [second]
-    house.leave(second, 3.0)
-    for _ in range(2):
-        admitted(house.offer(demand("a"), 4.0, None))
-    queued(house.offer(demand("a"), 4.0, None))
+    waiting = [queued(house.offer(demand("a"), 0.0, None)) for _ in range(4)]
+    known["a"] = TenantLimits(max_running=3)
+    assert house.refresh(1.0) == waiting[:2]
+    assert house.refresh(1.0) == []
+    known["a"] = TenantLimits(max_running=1)
+    assert house.refresh(2.0) == []
+    for ticket in (first, waiting[0]):
+        assert house.leave(ticket, 3.0) == []
+    assert house.leave(waiting[1], 3.0) == [waiting[2]]
+    known["a"] = TenantLimits()
+    assert house.refresh(4.0) == [waiting[3]]
     house.check_integrity()
+
+
+def test_a_changed_token_rate_counts_for_a_busy_tenant() -> None:
+    """What was used before is remembered, and comes back at the new rate."""
+    known = {"a": TenantLimits(tokens_per_s=100, burst_tokens=1000)}
+    house = admission(10, limits=known)
+    admitted(house.offer(demand("a", prompt=990), 0.0, None))
+    known["a"] = TenantLimits(tokens_per_s=10, burst_tokens=1000)
+    house.refresh(5.0)
+    assert refused(house.offer(demand("a", prompt=590), 5.0, None)).retry_after_s == pytest.approx(
+        10.0
+    )
+    known["a"] = TenantLimits()
+    house.refresh(6.0)
+    admitted(house.offer(demand("a", prompt=100_000), 6.0, None))
+    known["a"] = TenantLimits(tokens_per_s=10, burst_tokens=1000)
+    house.refresh(7.0)
+    admitted(house.offer(demand("a", prompt=990), 7.0, None))
+    refused(house.offer(demand("a", prompt=90), 7.0, None))
 
 
 def test_tenants_that_are_gone_leave_nothing_behind() -> None:
@@ -290,13 +312,12 @@ def test_tenants_that_are_gone_leave_nothing_behind() -> None:
 class AdmissionMachine(RuleBasedStateMachine):
     """Whatever comes and goes: no limit is passed, no place is left empty, nobody is lost."""
 
-    limits: Mapping[str, TenantLimits] = {
-        "one": TenantLimits(max_running=1),
-        "slow": TenantLimits(tokens_per_s=50, burst_tokens=400, weight=2.0),
-    }
-
     def __init__(self) -> None:
         super().__init__()
+        self.limits = {
+            "one": TenantLimits(max_running=1),
+            "slow": TenantLimits(tokens_per_s=50, burst_tokens=400, weight=2.0),
+        }
         self.house = admission(3, 5, limits=self.limits)
         self.now_s = 0.0
         self.here: list[Ticket] = []
@@ -332,6 +353,15 @@ class AdmissionMachine(RuleBasedStateMachine):
         admitted_now = self.house.leave(ticket, self.now_s, completion)
         assert all(each.running and each in self.here for each in admitted_now)
         assert ran or not admitted_now
+
+    @rule(max_running=st.sampled_from([1, 2, None]))
+    def change(self, max_running: int | None) -> None:
+        self.limits["one"] = TenantLimits(max_running=max_running)
+        before = sum(t.running for t in self.here if t.demand.tenant == "one")
+        admitted_now = self.house.refresh(self.now_s)
+        assert all(each.running and each in self.here for each in admitted_now)
+        after = sum(t.running for t in self.here if t.demand.tenant == "one")
+        assert max_running is None or after <= max(before, max_running)
 
     @invariant()
     def holds(self) -> None:
