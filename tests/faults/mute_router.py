@@ -24,5 +24,5 @@ class MuteManager(SessionManager):
 
 
 if __name__ == "__main__":
-    app.SessionManager = MuteManager  # type: ignore[misc]
+    app.SessionManager = MuteManager  # type: ignore[attr-defined]
     main()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +326,11 @@ async def test_a_turn_that_is_asked_for_again_is_told_again(sampling: SamplingOp
         client = here.clients[0]
         session = await client.sessions.create()
         await client.complete(FIRST, sampling=GREEDY, session=session)
-        turn = {"sampling": sampling, "session": session, "request_id": "a"}
-        told = await client.complete(SECOND, **turn)
+        ask = partial(client.complete, SECOND, session=session, request_id="a")
+        told = await ask(sampling=sampling)
         after = await client.sessions.get(session)
         for seed in (sampling.seed, told.seed):
-            again = await client.complete(
-                SECOND, **(turn | {"sampling": replace(sampling, seed=seed)})
-            )
+            again = await ask(sampling=replace(sampling, seed=seed))
             assert replace(again, timings=told.timings) == told
             assert again.timings.placed_at_s is None, "nothing was computed"
             assert await client.sessions.get(session) == after
