@@ -53,6 +53,8 @@ class Account:
     model: str = ""
     span: Span = NO_SPAN
     meter: Meter = field(default_factory=Meter)
+    refused_id: str = ""
+    """Of a request that its front could not read."""
     request: ValidRequest | None = None
     answer: Answer | None = None
     turn: Turn | None = None

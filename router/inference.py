@@ -198,9 +198,15 @@ class Inference:
         """Ends a running request of the caller's tenant. Raises `NotFoundError`."""
         self._table.cancel(request_id, caller.tenant)
 
-    async def refuse(self, error: BatonError, origin: Origin = UNTOLD) -> NoReturn:
-        """Raises the error of a request that its front could not read, and counts it as those that are refused here."""
-        account = Account(Timeline(received_s=time.monotonic()))
+    async def refuse(
+        self, error: BatonError, caller: Caller, request_id: str, *, origin: Origin = UNTOLD
+    ) -> NoReturn:
+        """Raises the error of a request that its front could not read, and counts it as those that are refused here. The id is one that
+        may be shown.
+        """
+        account = Account(
+            Timeline(received_s=time.monotonic()), tenant=caller.tenant, refused_id=request_id
+        )
         async with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),

@@ -115,13 +115,14 @@ class OpenInferenceServicer(kserve_grpc.GRPCInferenceServiceServicer):
         headers = context.invocation_metadata() or ()
         method = "ModelStreamInfer" if on_stream else "ModelInfer"
         origin = rpc_origin(headers, "inference.GRPCInferenceService", method)
+        request_id = _request_id(request.id)
         try:
             asked = await _parsed(request)
             if asked.streams and not on_stream:
                 raise InvalidRequestError(FieldViolation("stream", "needs ModelStreamInfer"))
         except BatonError as error:
-            await self._inference.refuse(error, origin)
-        asked.generate.request_id = _request_id(request.id)
+            await self._inference.refuse(error, caller, request_id, origin=origin)
+        asked.generate.request_id = request_id
         limits_s = [s for s in (context.time_remaining(), asked.timeout_s) if s is not None]
         try:
             await self._inference.generate(

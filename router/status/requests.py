@@ -24,7 +24,7 @@ def request_status(
     received_s = timeline.received_s
     attempts = [] if account.answer is None else _attempts(account.answer.generations)
     return RequestStatus(
-        request_id="" if request is None else request.request_id,
+        request_id=account.refused_id if request is None else request.request_id,
         tenant=account.tenant,
         state=_state(account, ended=ended),
         waits_for="" if ended else account.waits_for,

@@ -7,12 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from baton.client import AsyncClient, SamplingOptions
 from baton.service.access import LOCAL, Caller
 from baton.service.keys import TenantLimits, add_key, new_key
 from baton.v1 import session_pb2
+from router.kserve.v2 import inference_pb2 as kserve
+from router.kserve.v2 import inference_pb2_grpc as kserve_grpc
 from router.status.activity import MAX_ENDED, MAX_LIVE
 from router.status.board import FRESH_S
 from router.status.snapshot import (
@@ -284,6 +287,27 @@ async def test_a_tenant_sees_its_own_and_an_administrator_everything(tmp_path: P
         assert len(all_of_it.fleet) == 2
         page = await here.client.get("/")
         assert page.status_code == 200
+
+
+async def test_what_a_front_refuses_is_told_with_its_id_to_its_tenant(tmp_path: Path) -> None:
+    """Promise: whichever protocol could not read it."""
+    keys = Keys(tmp_path)
+    bearer = f"Bearer {keys.acme}"
+    async with http_house(0, 0, api_keys_file=keys.file, fleet_listen="127.0.0.1:0") as here:
+        headers = {"authorization": bearer, "x-request-id": "mine"}
+        answer = await here.client.post("/v1/completions", headers=headers, json={"prompt": {}})
+        assert answer.status_code == 400
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{here.house.app.port}") as channel:
+            stub = kserve_grpc.GRPCInferenceServiceStub(channel)
+            infer = stub.ModelInfer(
+                kserve.ModelInferRequest(id="also-mine"), metadata=(("authorization", bearer),)
+            )
+            with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+                await infer
+        told = (await status_of(here, keys.acme)).requests.ended
+        assert [each.request_id.partition(".")[0] for each in told] == ["also-mine", "mine"]
+        assert {(each.tenant, each.error) for each in told} == {("acme", "INVALID_REQUEST")}
+        assert (await status_of(here, keys.bolt)).requests.ended == ()
 
 
 async def test_many_who_watch_cost_as_much_as_one_and_nobody_gets_anothers_view() -> None:

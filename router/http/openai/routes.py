@@ -132,7 +132,9 @@ def _counting(inference: Inference) -> type[APIRoute]:
                     if error.status_code != HTTPStatus.BAD_REQUEST:
                         raise
                     problem = InvalidRequestError(FieldViolation("body", "is not JSON in UTF-8"))
-                return await inference.refuse(problem, _origin(request))
+                return await inference.refuse(
+                    problem, caller_of(request), _request_id(request), origin=_origin(request)
+                )
 
             return counted
 
