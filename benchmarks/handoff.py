@@ -27,7 +27,7 @@ import ray
 
 from baton.kv.pool import KVPool
 from baton.kv.spec import KVDtype, KVSpec, SealedKV, WireKV
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.layout import meta_of, split_range
@@ -107,8 +107,10 @@ class PoolSource:
         self._pieces = split_range(0, num_tokens, SPEC.token_bytes, settings.piece_bytes)
         self._copies: dict[tuple[int, int], asyncio.Future[SealedKV]] = {}
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        del timeout_s
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        del timeout_s, piece
         await asyncio.sleep(0.005)  # decode asks before prefill is done
         done_unix_s = time.time()
         loop, pools = asyncio.get_running_loop(), self._pools
@@ -130,8 +132,10 @@ class Prefill:
         self._endpoint = SourceEndpoint(PoolSource(payload_bytes, settings))
         self._arrays = [np.ones(payload_bytes, np.uint8) for _ in range(turns(payload_bytes))]
 
-    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        return await self._endpoint.ready(key, timeout_s)
+    async def kv_ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        return await self._endpoint.ready(key, timeout_s, piece)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await self._endpoint.pull(request)
@@ -170,6 +174,7 @@ class Decode:
         table = self._pools.tables[run % len(self._pools.tables)]
         loop = asyncio.get_running_loop()
         ready = await self._transport.ready(address, key, 10.0)
+        assert isinstance(ready, Ready)
         num_tokens = self._payload_bytes // SPEC.token_bytes
         write = self._pools.pool.write_kv
         for first, last in split_range(0, num_tokens, SPEC.token_bytes, self._piece_bytes):

@@ -1,7 +1,7 @@
 """The decode worker as a Ray actor: `baton.worker.actor`, with KV pulled through Ray's object store."""
 
 from baton.kv.spec import WireKV
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.ray_store import RayTransport
@@ -21,9 +21,11 @@ class DecodeActor(WorkerActor):
         self._worker = worker
         self._source = SourceEndpoint(worker)
 
-    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def kv_ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         """See `KVSource.ready`."""
-        return await self._source.ready(key, timeout_s)
+        return await self._source.ready(key, timeout_s, piece)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         """See `KVSource.pull`. Two return values, which the caller owns: the KV outlives this process."""

@@ -3,7 +3,7 @@
 Runs on the worker's event loop; the engine has a thread of its own. A Decode call is the lease on its blocks, on its byte credit
 and on the buffer being pulled: leaving the call's contexts, in any way, gives all of them back.
 
-    with a source      reserve ▶ Reserved ▶ ready … pull, import … ▶ KvReceived ▶ tokens ▶ Finished
+    with a source      reserve ▶ Reserved ▶ (ready, pull, import)… ▶ KvReceived ▶ tokens ▶ Finished
     without            queue   ▶ Reserved ▶ compute the prompt     ▶ KvReceived ▶ tokens ▶ Finished
 """
 
@@ -29,8 +29,8 @@ from baton.errors import BatonError, CancelledError, PreconditionError
 from baton.lifecycle import Event
 from baton.service.groups import first_error
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVTransport, PullRequest, Ready
-from baton.transfer.layout import split_range
+from baton.transfer.base import KVTransport, Piece, PullRequest, Ready
+from baton.transfer.layout import handoff_pieces
 from baton.types import (
     NO_TRACE,
     AttemptKey,
@@ -224,30 +224,31 @@ class Decoder:
         """Pulls and imports what the prefix cache did not hold, and starts to generate: from prefill's token, or, where tokens were
         generated before and their KV is not prefill's to compute, after computing it here.
         """
-        spec, settings = self._engine.info.spec, self._host.settings
-        end_s = progress.call.timeline.received_s + job.timeout_s
-        source_key = job.source_key or job.key
-        ready = job.ready or await self._transport.ready(address, source_key, _left(end_s))
-        progress.call.record(Event.FIRST_TOKEN)
-        handoff = progress.call.handoff = progress.call.span.child()
-        kv_bytes = 0
+        spec, call = self._engine.info.spec, progress.call
+        ready, kv_bytes = job.ready, 0
+        if ready is not None:
+            self._begin_handoff(call)
         computes_rest = _computes_rest(job, self._engine.info)
         length = len(job.sequence.prompt if computes_rest else job.sequence)
-        for first, last in split_range(
-            progress.cached_tokens, length, spec.token_bytes, settings.max_pull_bytes
-        ):
+        for first, last in self._pieces(job, progress.cached_tokens, length):
+            if ready is None:
+                piece = Piece(last, has_begun=bool(kv_bytes))
+                ready = await self._ready(job, address, call, piece)
+            if ready is None and last == length:
+                raise PreconditionError(f"{address} has the KV of {job.key}, but not its token")
             request = PullRequest(
-                key=source_key,
+                key=job.source_key or job.key,
                 first=first,
                 last=last,
                 digest=spec.digest,
-                trace=handoff.context,
+                # A piece of a prompt that is still being computed is no part of the handoff, which comes after it.
+                trace=(call.handoff or call.span).context,
             )
-            timeout_s = min(_left(end_s), settings.handoff_timeout_s)
+            timeout_s = min(_left_s(job, call), self._host.settings.handoff_timeout_s)
             async with self._transport.pull(address, request, spec=spec, timeout_s=timeout_s) as kv:
                 kv_bytes += kv.data.nbytes
                 work = [self._engine.import_kv(job.key, first, kv)]
-                if last == length:
+                if ready is not None and last == length:
                     # Sent together, so that no step of the engine comes between them.
                     first_token = None if computes_rest else ready.first_token
                     work.append(self._engine.start_decode(job.key, first_token))
@@ -255,6 +256,7 @@ class Decoder:
                     await asyncio.gather(*work)
                 finally:
                     del kv, work  # a traceback would hold the buffer after its credit is returned
+        assert ready is not None
         handoff_s = max(0.0, time.time() - ready.done_unix_s)
         if computes_rest:
             return JobKvReceived(kv_bytes, handoff_s)
@@ -265,11 +267,44 @@ class Decoder:
         )
         return JobKvReceived(kv_bytes, handoff_s, chunk)
 
+    def _pieces(self, job: DecodeJob, first: int, last: int) -> list[tuple[int, int]]:
+        """What to pull, in order: of a prompt that prefill computes, the pieces that it keeps as it goes."""
+        settings = self._host.settings
+        is_computed = job.ready is not None or job.source_key is not None
+        return handoff_pieces(
+            first,
+            last,
+            self._engine.info.spec.token_bytes,
+            max_bytes=settings.max_pull_bytes,
+            overlap_tokens=last if is_computed else settings.overlap_tokens,
+        )
+
+    async def _ready(
+        self, job: DecodeJob, address: str, call: WorkerCall, piece: Piece
+    ) -> Ready | None:
+        """Returns once the piece can be pulled; None where the prompt is not done with it."""
+        key = job.source_key or job.key
+        answer = await self._transport.ready(address, key, _left_s(job, call), piece)
+        if isinstance(answer, Ready):
+            self._begin_handoff(call)
+            return answer
+        return None
+
+    @staticmethod
+    def _begin_handoff(call: WorkerCall) -> None:
+        """The prompt is done; from here on, whoever waits for the second token waits for what is left of the KV."""
+        call.record(Event.FIRST_TOKEN)
+        call.handoff = call.span.child()
+
 
 def _computes_rest(job: DecodeJob, info: EngineInfo) -> bool:
     """Whether the source has the prompt's KV only. A decode worker that hands over has it all."""
     generated = bool(job.sequence.generated) and job.source_key is None
     return generated and not info.computes_prompts
+
+
+def _left_s(job: DecodeJob, call: WorkerCall) -> float:
+    return max(0.001, call.timeline.received_s + job.timeout_s - time.monotonic())
 
 
 async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:
@@ -286,7 +321,3 @@ async def _watched(work: Coroutine[Any, Any, _T], reader: EventReader) -> _T:
     except ExceptionGroup as failures:
         raise first_error(failures) from None
     return task.result()
-
-
-def _left(end_s: float) -> float:
-    return max(0.001, end_s - time.monotonic())

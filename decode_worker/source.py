@@ -6,7 +6,7 @@ Runs on the worker's event loop. An attempt is stopped before anybody is told to
 from baton.engine.aio import AsyncEngine
 from baton.errors import BatonError, PreconditionError
 from baton.kv.spec import WireKV
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.layout import meta_of
 from baton.types import AttemptKey
 from decode_worker.held import HeldAttempts
@@ -19,7 +19,12 @@ class StoppedAttempts:
         self._engine = engine
         self._attempts = attempts
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:  # noqa: ARG002
+    async def ready(
+        self,
+        key: AttemptKey,
+        timeout_s: float,  # noqa: ARG002
+        piece: Piece | None = None,  # noqa: ARG002
+    ) -> Ready | Underway | Refused:
         try:
             return self._attempts.get(key).stopped_at()
         except BatonError as error:

@@ -8,7 +8,7 @@ from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
 from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, KVTransport, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, KVTransport, Piece, PullRequest, Ready, Refused, Underway
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, tunnel_pb2_grpc
 from baton.vllm.servicer import SERVICE as VLLM_SERVICE
@@ -57,9 +57,11 @@ class DecodeWorker:
         """Refuses new calls; returns once the running ones have ended, or after the grace. See `WorkerHost.drain`."""
         return await self.host.drain(grace_s)
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         """See `KVSource.ready`: for attempts that were handed over."""
-        return await self._source.ready(key, timeout_s)
+        return await self._source.ready(key, timeout_s, piece)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         """See `KVSource.pull`."""

@@ -12,7 +12,16 @@ from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
 from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, KVSource, KVTransport, PullRequest, Ready, Refused
+from baton.transfer.base import (
+    KVMeta,
+    KVSource,
+    KVTransport,
+    Piece,
+    PullRequest,
+    Ready,
+    Refused,
+    Underway,
+)
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, tunnel_pb2_grpc
 from baton.vllm.servicer import SERVICE as VLLM_SERVICE
@@ -77,8 +86,10 @@ class FlexWorker:
         await self._foreign_decode.close()
         await self._transport.close()
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        return await self._source_of(key).ready(key, timeout_s)
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        return await self._source_of(key).ready(key, timeout_s, piece)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await exported(self.host, request, self._source_of(request.key).pull)

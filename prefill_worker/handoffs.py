@@ -1,7 +1,7 @@
 """Where an attempt's Prefill call and decode's pulls meet. Pure bookkeeping on the worker's event loop; knows no engine.
 
-    Prefill call    open ───────────── computed ───────────────── wait_handed ──▶ close
-    decode             ready() …waits… ▶ Ready      pull ▶ pull ▶ last pull ─┘
+    Prefill call    open ── keep ── keep ─────── computed ──────────── wait_handed ──▶ close
+    decode             ready(last) ▶ Underway, pull ▶ ready ▶ Ready, pull ▶ last pull ─┘
 
 Either side may come first. The Prefill call owns the attempt: when it leaves, in any way, every waiter is refused and later
 pulls find nothing. A key is free for another attempt as soon as its call has left.
@@ -10,11 +10,11 @@ pulls find nothing. A key is free for another attempt as soon as its call has le
 import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 from baton.errors import AlreadyExistsError, BatonError, PreconditionError
 from baton.kv.spec import SealedKV
-from baton.transfer.base import Ready, Refused
+from baton.transfer.base import Ready, Refused, Underway
 from baton.types import AttemptKey
 
 
@@ -76,8 +76,14 @@ class Handoff:
         if self._handed.done():
             self._handed.result()
 
-    async def outcome(self) -> Ready | Refused:
-        """Waits until the KV can be pulled, or never can."""
+    async def outcome(self, last: int | None = None) -> Ready | Underway | Refused:
+        """Waits until the KV can be pulled, or never can. With `last`: or until the copy that ends there is kept."""
+        copy = next((copy for (_, end), copy in self._copies.items() if end == last), None)
+        if copy is not None:
+            either: list[asyncio.Future[Any]] = [self._outcome, copy]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not self._outcome.done() and copy.result() is not None:
+                return Underway()
         return await asyncio.shield(self._outcome)
 
     async def wait_handed(self) -> None:
@@ -87,7 +93,9 @@ class Handoff:
     @contextmanager
     def pulling(self, first: int, last: int) -> Iterator[Self]:
         """One pull; KV is not handed over while another pull runs. Raises `PreconditionError` where there is no such KV to pull."""
-        if not self._outcome.done() or self._handed.done():
+        copy = self._copies.get((first, last))
+        is_there = self._outcome.done() or (copy is not None and copy.done())
+        if not is_there or self._handed.done():
             raise PreconditionError("no computed KV is held for this attempt")
         if not 0 <= first < last <= self.num_tokens:
             raise PreconditionError(f"tokens [{first}, {last}) are not in [0, {self.num_tokens})")

@@ -35,8 +35,8 @@ from baton.errors import (
 from baton.kv.spec import WireKV
 from baton.lifecycle import Event
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
-from baton.transfer.layout import meta_of, split_range
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
+from baton.transfer.layout import handoff_pieces, meta_of
 from baton.types import (
     NO_TRACE,
     AttemptKey,
@@ -175,18 +175,28 @@ class Prefiller:
         """The worker drains: decode need not wait for attempts that will not be taken."""
         self._handoffs.refuse_expected(UnavailableError("the prefill worker is draining"))
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         try:
             if self._host.draining and self._handoffs.find(key) is None:
                 raise UnavailableError("the prefill worker is draining")
             async with asyncio.timeout(timeout_s):
-                handoff = await self._handoffs.arrival(key)
-                return await handoff.outcome()
+                handoff = await self._arrival(key, piece)
+                return await handoff.outcome(None if piece is None else piece.last)
         except TimeoutError:
             error: BatonError = DeadlineError("prefill")
         except BatonError as refusal:
             error = refusal
         return Refused(error.reason, error.message)
+
+    async def _arrival(self, key: AttemptKey, piece: Piece | None) -> Handoff:
+        if piece is None or not piece.has_begun:
+            return await self._handoffs.arrival(key)
+        handoff = self._handoffs.find(key)
+        if handoff is None:
+            raise PreconditionError(f"attempt {key} ended")
+        return handoff
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         try:
@@ -220,8 +230,8 @@ class Prefiller:
 
     @contextmanager
     def _copies(self, job: PrefillJob) -> Iterator[tuple[tuple[int, int], ...]]:
-        """What decode will pull, where its settings are this worker's: copied out right after the first token, so that no pull waits for
-        the prompts that are computed next. Empty where the copies kept for all attempts would be too large.
+        """What decode will pull, where its settings are this worker's: each piece is copied out right after the step that computes its last
+        token, so that no pull waits for what is computed next. Empty where the copies kept for all attempts would be too large.
         """
         token_bytes = self._engine.info.spec.token_bytes
         kv_bytes = (len(job.sequence) - job.skip_tokens) * token_bytes
@@ -230,8 +240,16 @@ class Prefiller:
             return
         self._kept_bytes += kv_bytes
         try:
-            limit = self._host.settings.max_pull_bytes
-            yield tuple(split_range(job.skip_tokens, len(job.sequence), token_bytes, limit))
+            settings = self._host.settings
+            pieces = handoff_pieces(
+                job.skip_tokens,
+                len(job.sequence),
+                token_bytes,
+                max_bytes=settings.max_pull_bytes,
+                # Nobody comes for KV that is held for a foreign router before its prompt is computed.
+                overlap_tokens=settings.overlap_tokens if job.hold_s is None else len(job.sequence),
+            )
+            yield tuple(pieces)
         finally:
             self._kept_bytes -= kv_bytes
 

@@ -8,7 +8,7 @@ from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
 from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.types import AttemptKey, Role, WorkerInfo
 from baton.v1 import prefill_pb2_grpc, tunnel_pb2_grpc
 from baton.vllm.servicer import SERVICE as VLLM_SERVICE
@@ -56,8 +56,10 @@ class PrefillWorker:
         await self._foreign.close()
         await self.host.stop()
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        return await self._prefiller.ready(key, timeout_s)
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        return await self._prefiller.ready(key, timeout_s, piece)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await exported(self.host, request, self._prefiller.pull)

@@ -6,7 +6,7 @@ resource is held under an `AttemptKey` and freed by `release`, which is idempote
 Life of a request in an engine, by mode:
 
     LOCAL    add → … Started → Progress* → Token → … Token(finish)
-    PREFILL  add → … Started → Progress* → Token → Exported* → [KV held: export_kv] → release
+    PREFILL  add → … Started → (Progress | Exported)* → Token → Exported* → [KV held: export_kv] → release
     DECODE   add → … Reserved → [import_kv → start_decode] → Progress* → Token → … Token(finish)
     hold     Token → [KV held: export_kv] → release      LOCAL, DECODE: another worker goes on
 
@@ -51,8 +51,8 @@ class EngineRequest:
     sequence: Sequence
     mode: Mode
     export: tuple[tuple[int, int], ...] = ()
-    """PREFILL: token ranges [first, last) to copy out right after the first token, in order, before any other request's step. What
-    is asked for later, by `export_kv`, waits for the step that runs then.
+    """PREFILL: token ranges [first, last) to copy out, in order, each right after the step that computes its last token, before any
+    other request's. What is asked for later, by `export_kv`, waits for the step that runs then.
     """
 
 

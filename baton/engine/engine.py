@@ -1,7 +1,7 @@
 """Continuous batching over a paged KV pool: the engine behind `baton.engine.base.Engine`, for any runner.
 
 A step is plan (`baton.scheduling.plan`), run (the runner), settle (tokens, prefix cache, events); one that admits or preempts
-returns after the plan, and the next call runs it. Each copy that a finished prompt asked for is a step of its own, before all
+returns after the plan, and the next call runs it. Each copy of a prompt's KV that was asked for is a step of its own, before all
 others. The engine keeps the books, so its invariants can be checked after every step:
 
 * a request's table holds blocks for every computed token, and the pool's holder counts equal the tables;
@@ -345,10 +345,13 @@ class PagedEngine:
                 continue
             state.num_computed += count
             self._tables.publish(state)
+            exports = state.take_exports()
             if result is None:
                 events.append(Progress(state.key, state.num_computed))
             else:
                 events.append(self._settle(state, result))
+            if state.key in self._requests:
+                self._exports += ((state, first, last) for first, last in exports)
         return events
 
     def _run_alone(self, row: BatchRow) -> Sampled | BatonError | None:
@@ -377,7 +380,6 @@ class PagedEngine:
         elif state.mode is Mode.PREFILL:
             self._running.remove(state)
             state.stage = Stage.HELD
-            self._exports += ((state, first, last) for first, last in state.export)
         elif not self._kv_cache:
             state.num_computed = 0
         return Token(state.key, index, sampled.token_id, sampled.logprobs, finish)

@@ -7,6 +7,7 @@ WAITING ──▶ RUNNING ──▶ HELD ──▶ (gone)       PREFILL: KV wait
 WAITING ──▶ RESERVED ──▶ RUNNING ──▶ (gone)   DECODE: KV arrives by import
 """
 
+from collections import deque
 from enum import Enum
 
 from baton.engine.base import EngineRequest, Mode
@@ -34,7 +35,7 @@ class RequestState:
         sequence = request.sequence
         self.key: AttemptKey = request.key
         self.mode = request.mode
-        self.export = request.export
+        self._exports = deque(request.export)
         self.params = sequence.sampling
         self.prompt = sequence.prompt
         self.output = list(sequence.generated)
@@ -68,6 +69,15 @@ class RequestState:
     def block_tokens(self, index: int) -> list[int]:
         """The tokens of one full block."""
         return self.tokens[index * self._block_size : (index + 1) * self._block_size]
+
+    def take_exports(self) -> list[tuple[int, int]]:
+        """The token ranges to copy out of which everything is computed, each once. One that was preempted and comes again makes no copy
+        twice.
+        """
+        due: list[tuple[int, int]] = []
+        while self._exports and self._exports[0][1] <= self.num_computed:
+            due.append(self._exports.popleft())
+        return due
 
     def append(self, token_id: int) -> int:
         """Adds a generated token; returns its output position."""

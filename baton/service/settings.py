@@ -166,6 +166,8 @@ class WorkerSettings(ServerSettings):
     """Most KV that prefill keeps copied out for pulls to come; what is beyond is copied when it is pulled."""
     max_pull_bytes: int = 128 * 1024 * 1024
     """KV is pulled in pieces of at most this size."""
+    overlap_tokens: int = 1024
+    """A prompt of which decode lacks more tokens is handed over piece by piece while it is computed. The same on all workers."""
     kv_credit_bytes: int = 256 * 1024 * 1024
     """KV bytes that a decode worker has in flight at most."""
     progress_limit_s: float = 0.75

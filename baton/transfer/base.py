@@ -1,13 +1,15 @@
 """The KV transfer seam: how a decode worker takes a prompt's KV from a prefill worker.
 
     decode                                   prefill
-    transport.ready(address, key)   ───────▶ source.ready       waits, bounded, until the prompt is computed
-                                    ◀─────── Ready | Refused
+    transport.ready(address, key, piece) ──▶ source.ready       waits, bounded, until the piece is computed
+                                    ◀─────── Ready | Underway | Refused
     transport.pull(address, PullRequest) ──▶ source.pull        copies [first, last) out of the pool
                                     ◀─────── (KVMeta, buffer)   the buffer is decode's: prefill may die now
     import into the pool, which verifies, leave the context: the buffer is dropped and its byte credit returned
 
-Credit is taken only once the KV exists, so a pull that waits for a slow prefill holds nothing that another pull needs.
+A long prompt goes piece by piece while the rest of it is computed (`baton.transfer.layout.handoff_pieces`): ready, pull, import, and
+again, until ready tells that the prompt is done; then the pieces that are left. Credit is taken only once a piece exists, so a
+pull that waits for a slow prefill holds nothing that another pull needs.
 Failures cross the wire as values (`Refused`), not as pickled exceptions. Both sides run in their worker's event loop.
 """
 
@@ -29,6 +31,21 @@ class Ready:
     """When, by prefill's wall clock."""
     logprobs: PositionLogprobs | None = None
     """Of the first token, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a prompt that decode pulls by itself; see `baton.transfer.layout.handoff_pieces`."""
+
+    last: int
+    """The token after it."""
+    has_begun: bool
+    """Decode has the piece before it, so the attempt is there, or was: there is none to wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """The piece that was asked for can be pulled; what follows it is still being computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +89,11 @@ class KVMeta:
 class KVSource(Protocol):
     """Prefill's side; implemented by the prefill worker."""
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        """Waits until the attempt's prompt is computed; the attempt may not have reached this worker yet. Refused after
-        `timeout_s`, or once the attempt failed or was released.
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        """Waits until the attempt's prompt is computed, or the piece of it that is asked for; the attempt may not have reached this worker
+        yet. Refused after `timeout_s`, or once the attempt failed or was released. A source may keep to whole prompts.
         """
         ...
 
@@ -90,7 +109,11 @@ class KVTransport(Protocol):
     `DeadlineError` after `timeout_s`.
     """
 
-    async def ready(self, address: str, key: AttemptKey, timeout_s: float) -> Ready: ...
+    async def ready(
+        self, address: str, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway:
+        """See `KVSource.ready`."""
+        ...
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float

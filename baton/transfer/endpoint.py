@@ -8,7 +8,7 @@ import logging
 
 from baton.errors import BatonError, DeadlineError, InternalError
 from baton.kv.spec import WireKV
-from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, KVSource, Piece, PullRequest, Ready, Refused, Underway
 from baton.types import AttemptKey
 
 _LOG = logging.getLogger(__name__)
@@ -20,10 +20,12 @@ class SourceEndpoint:
     def __init__(self, source: KVSource) -> None:
         self._source = source
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._source.ready(key, timeout_s)
+                return await self._source.ready(key, timeout_s, piece)
         except TimeoutError:
             return Refused(DeadlineError.reason, f"{key} is not ready after {timeout_s:.3g} s")
         except Exception as error:  # noqa: BLE001 - a pickled exception would tie decode to prefill's classes

@@ -11,6 +11,12 @@ from baton.errors import CorruptKVError, PreconditionError
 from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.transfer.base import KVMeta, PullRequest
 
+PIECE_TOKENS = 512
+"""Fewest tokens of a piece that goes while the prompt is computed, and most of the last one: about what one step computes."""
+PIECE_BYTES = 8 << 20
+"""Fewest bytes of such a piece, where there is more than one: below, calls cost more than copies."""
+MOST_PIECES = 8
+
 
 def meta_of(request: PullRequest, spec: KVSpec, kv: SealedKV) -> KVMeta:
     """Describes `kv`, the source's answer to `request`. Raises `PreconditionError` where decode asks for another spec's KV, and
@@ -42,6 +48,27 @@ def find_mismatch(
     if buffer is None:
         return "no buffer came with the meta"
     return _misfit(buffer, request, spec)
+
+
+def handoff_pieces(
+    first: int, last: int, token_bytes: int, *, max_bytes: int, overlap_tokens: int
+) -> list[tuple[int, int]]:
+    """The consecutive pieces in which tokens [first, last) go from prefill to decode; both find them by this.
+
+    More than `overlap_tokens` of them go while the prompt is computed: seven pieces at most, since each is a call, a copy and a command
+    to two engines, and then the last tokens, which are all that is left to hand over once the prompt is done.
+    """
+    num_tokens = last - first
+    if num_tokens <= max(1, overlap_tokens):
+        return split_range(first, last, token_bytes, max_bytes)
+    cut = last - min(PIECE_TOKENS, num_tokens // 2)
+    body = cut - first
+    count = min(MOST_PIECES - 1, body // PIECE_TOKENS, body * token_bytes // PIECE_BYTES)
+    piece_bytes = -(-body // max(1, count)) * token_bytes
+    return [
+        *split_range(first, cut, token_bytes, min(piece_bytes, max_bytes)),
+        *split_range(cut, last, token_bytes, max_bytes),
+    ]
 
 
 def split_range(first: int, last: int, token_bytes: int, max_bytes: int) -> list[tuple[int, int]]:

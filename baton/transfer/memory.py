@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from baton.errors import UnavailableError
 from baton.kv.spec import KVSpec, SealedKV, WireKV
-from baton.transfer.base import KVMeta, KVSource, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, KVSource, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.credits import ByteCredits
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.receive import deadline, error_from, received, source_timeout_s
@@ -66,10 +66,12 @@ class MemoryTransport:
         self._sources = sources
         self._budget = budget
 
-    async def ready(self, address: str, key: AttemptKey, timeout_s: float) -> Ready:
+    async def ready(
+        self, address: str, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway:
         async with deadline(timeout_s, "kv_ready"):
             peer = self._sources.peer(address)
-            call = peer.endpoint.ready(key, source_timeout_s(timeout_s))
+            call = peer.endpoint.ready(key, source_timeout_s(timeout_s), piece)
             answer = await _unless_gone(call, peer, address)
         if isinstance(answer, Refused):
             raise error_from(answer)

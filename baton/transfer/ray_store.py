@@ -26,7 +26,7 @@ from ray.exceptions import (
 
 from baton.errors import CapacityError, InternalError, UnavailableError
 from baton.kv.spec import KVSpec, SealedKV, WireKV
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.credits import ByteCredits
 from baton.transfer.receive import deadline, error_from, received, source_timeout_s
 from baton.types import AttemptKey
@@ -42,12 +42,17 @@ class RayTransport:
         self._namespace = namespace
         self._handles: dict[str, ActorHandle[Any]] = {}
 
-    async def ready(self, address: str, key: AttemptKey, timeout_s: float) -> Ready:
-        answer: Ready | Refused
+    async def ready(
+        self, address: str, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway:
+        answer: Ready | Underway | Refused
         async with deadline(timeout_s, "kv_ready"):
             handle = await self._handle(address)
             with self._typed_errors(address):
-                answer = await _settled(handle.kv_ready.remote(key, source_timeout_s(timeout_s)))
+                call: ray.ObjectRef[Any] = handle.kv_ready.remote(
+                    key, source_timeout_s(timeout_s), piece
+                )
+                answer = await _settled(call)
         if isinstance(answer, Refused):
             raise error_from(answer)
         return answer

@@ -10,7 +10,7 @@ import numpy as np
 
 from baton.kv.checksum import sealed
 from baton.kv.spec import KVDtype, KVSpec, WireKV
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.transfer.endpoint import SourceEndpoint
 from baton.transfer.layout import meta_of
 from baton.types import AttemptKey, RequestId
@@ -35,6 +35,8 @@ class Act(Enum):
     GOOD = "good"
     LATE = "late"
     """Ready after a third of a second."""
+    PIECES = "pieces"
+    """Has pieces that end before token 32 sooner than the whole."""
     NEVER = "never"
     """Neither becomes ready nor answers a pull."""
     SLOW = "slow"
@@ -87,7 +89,9 @@ def kv_of(request: PullRequest, spec: KVSpec) -> WireKV:
 class FakeSource:
     """Acts as the request's id says."""
 
-    async def ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         del timeout_s
         name, _, detail = key.request_id.partition(":")
         if name == "refuse":
@@ -99,6 +103,8 @@ class FakeSource:
             await asyncio.sleep(0.3)
         if act is Act.NEVER:
             await asyncio.Event().wait()
+        if act is Act.PIECES and piece is not None and piece.last < 32:
+            return Underway()
         return Ready(first_token=key.attempt, done_unix_s=1.5)
 
     async def pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
@@ -154,8 +160,10 @@ class FakePrefill:
     def __init__(self) -> None:
         self._endpoint = SourceEndpoint(FakeSource())
 
-    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
-        return await self._endpoint.ready(key, timeout_s)
+    async def kv_ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
+        return await self._endpoint.ready(key, timeout_s, piece)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         return await self._endpoint.pull(request)

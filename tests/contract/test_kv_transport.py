@@ -21,7 +21,7 @@ from baton.errors import (
 )
 from baton.kv.pool import KVPool
 from baton.kv.spec import KVSpec
-from baton.transfer.base import PullRequest, Ready
+from baton.transfer.base import Piece, PullRequest, Ready, Underway
 from baton.transfer.ray_runtime import RayCluster
 from tests.contract.fake_source import (
     HALF_SPEC,
@@ -93,7 +93,15 @@ async def test_ready_waits_until_the_prompt_is_computed(rig: Rig) -> None:
     start_s = time.monotonic()
     ready = await rig.transport.ready(rig.address, key_for(Act.LATE, attempt=4), 20)
     assert time.monotonic() - start_s >= 0.3
+    assert isinstance(ready, Ready)
     assert (ready.first_token, ready.done_unix_s) == (4, 1.5)
+
+
+async def test_ready_tells_of_a_piece_before_the_whole(rig: Rig) -> None:
+    ready, key = rig.transport.ready, key_for(Act.PIECES, attempt=4)
+    assert await ready(rig.address, key, 20, Piece(31, has_begun=False)) == Underway()
+    assert await ready(rig.address, key, 20, Piece(32, has_begun=True)) == Ready(4, 1.5)
+    assert await ready(rig.address, key, 20) == Ready(4, 1.5)
 
 
 async def test_ready_ends_in_time_for_an_attempt_that_never_comes(rig: Rig) -> None:
@@ -289,7 +297,7 @@ async def test_a_peer_that_dies_during_a_call_is_unavailable(rig: Rig, stage: st
     """The ready call doubles as a death watch: prefill's death ends it within seconds; so it does a pull."""
     await rig.transport.ready(rig.address, key_for(Act.GOOD), 20)
     key = key_for(Act.NEVER)
-    call: asyncio.Task[Ready | bytes] = asyncio.create_task(
+    call: asyncio.Task[Ready | Underway | bytes] = asyncio.create_task(
         rig.transport.ready(rig.address, key, 20)
         if stage == "ready"
         else pulled(rig, request_for(key))

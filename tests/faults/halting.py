@@ -11,7 +11,7 @@ from typing import Any
 
 from baton.kv.spec import WireKV
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVMeta, PullRequest, Ready, Refused
+from baton.transfer.base import KVMeta, Piece, PullRequest, Ready, Refused, Underway
 from baton.types import AttemptKey, TokenChunk
 from baton.worker.actor import ActorConfig
 from decode_worker import decoder
@@ -144,10 +144,12 @@ class HaltingPrefillActor(PrefillActor):
         """Attempts that have come to their halt."""
         return len(self._halts.keys)
 
-    async def kv_ready(self, key: AttemptKey, timeout_s: float) -> Ready | Refused:
+    async def kv_ready(
+        self, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway | Refused:
         if mark(key) in {PrefillStage.COMPUTED.value, PrefillStage.FIRST_TOKEN.value}:
             await self._halts.halt(key)
-        return await super().kv_ready(key, timeout_s)
+        return await super().kv_ready(key, timeout_s, piece)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
         if mark(request.key) == PrefillStage.PULLING.value:

@@ -21,7 +21,7 @@ from baton.errors import (
 )
 from baton.kv.spec import KVSpec, SealedKV
 from baton.service.settings import WorkerSettings
-from baton.transfer.base import KVTransport, PullRequest, Ready
+from baton.transfer.base import KVTransport, Piece, PullRequest, Ready, Underway
 from baton.types import AttemptKey, FinishReason, Sequence
 from tests.worker_rig import SIM, Rig, error_of, key, sequence, worker_pair
 
@@ -242,8 +242,10 @@ class Breaking:
         self.flip = False
         self.error: BatonError | None = None
 
-    async def ready(self, address: str, attempt: AttemptKey, timeout_s: float) -> Ready:
-        return await self.inner.ready(address, attempt, timeout_s)
+    async def ready(
+        self, address: str, key: AttemptKey, timeout_s: float, piece: Piece | None = None
+    ) -> Ready | Underway:
+        return await self.inner.ready(address, key, timeout_s, piece)
 
     def pull(
         self, address: str, request: PullRequest, *, spec: KVSpec, timeout_s: float

@@ -394,12 +394,13 @@ def test_a_copy_is_a_step_of_its_own_before_all_others() -> None:
     engine.check_integrity()
 
 
-def test_asked_for_kv_comes_right_after_the_first_token_and_equals_a_later_export() -> None:
+def test_asked_for_kv_comes_right_after_it_is_computed_and_equals_a_later_export() -> None:
     engine = build_sim_engine(replace(BIG, max_batch_tokens=32))
     base = request(prompt_of(70), mode=Mode.PREFILL)
     engine.add(replace(base, export=((16, 40), (40, 70))))
     events = run(engine)
-    token, first, second = events[-3:]
+    progress, first, token, second = events[-4:]
+    assert progress == Progress(key(), 64)
     assert isinstance(first, Exported)
     assert isinstance(second, Exported)
     assert isinstance(token, Token)
@@ -409,6 +410,28 @@ def test_asked_for_kv_comes_right_after_the_first_token_and_equals_a_later_expor
     copies = np.concatenate([first.kv.data, second.kv.data], axis=2)
     assert np.array_equal(copies, engine.export_kv(key(), 16, 70).data)
     assert engine.load().in_flight_blocks == 5, "the blocks stay held"
+
+
+def test_a_prompt_that_is_preempted_between_its_copies_makes_each_of_them_once() -> None:
+    engine = build_sim_engine(
+        replace(BIG, num_blocks=11, block_size_tokens=4, max_batch_tokens=5, prefix_cache=False)
+    )
+    engine.add(request(prompt_of(7), name="generates"))
+    while not engine.load().running_requests or engine.load().queued_prefill_tokens:
+        engine.step()
+    prompt = prompt_of(32, seed=2)
+    asked = ((0, 12), (12, 24), (24, 32))
+    engine.add(replace(request(prompt, mode=Mode.PREFILL), export=asked))
+    events = run(engine)
+    first_preempted = next(i for i, e in enumerate(events) if isinstance(e, Preempted))
+    copies = [e for e in events if isinstance(e, Exported)]
+    assert isinstance(
+        next(e for e in events[:first_preempted] if isinstance(e, Exported)), Exported
+    )
+    assert [(e.first, e.last) for e in copies] == list(asked)
+    assert all(e.kv is not None for e in copies)
+    kept = np.concatenate([e.kv.data for e in copies if e.kv is not None], axis=2)
+    assert np.array_equal(kept, engine.export_kv(key(), 0, 32).data)
 
 
 class FailingRunner(SimRunner):

@@ -14,7 +14,11 @@ from baton.kv.checksum import sealed
 from baton.kv.spec import KVDtype, KVSpec, WireKV
 from baton.transfer.base import PullRequest
 from baton.transfer.layout import (
+    MOST_PIECES,
+    PIECE_BYTES,
+    PIECE_TOKENS,
     find_mismatch,
+    handoff_pieces,
     meta_of,
     split_range,
 )
@@ -116,6 +120,41 @@ def test_pieces_cover_the_range_once_and_are_small_and_few(
     most = max(1, max_bytes // token_bytes)
     assert 1 <= min(sizes) <= max(sizes) <= most
     assert len(pieces) == -(-num_tokens // most)
+
+
+@given(
+    first=st.integers(0, 1000),
+    num_tokens=st.integers(1, 20000),
+    token_bytes=st.integers(1, 1 << 20),
+    max_bytes=st.integers(1, 1 << 30),
+    overlap_tokens=st.integers(0, 2000),
+)
+def test_a_long_prompt_goes_in_few_pieces_of_which_the_last_one_is_small(
+    first: int, num_tokens: int, token_bytes: int, max_bytes: int, overlap_tokens: int
+) -> None:
+    """Promise: what is handed over after the prompt is done does not grow with the prompt; nor do the calls that it takes, but by the
+    limit of a pull.
+    """
+    last = first + num_tokens
+    pieces = handoff_pieces(
+        first, last, token_bytes, max_bytes=max_bytes, overlap_tokens=overlap_tokens
+    )
+    assert pieces[0][0] == first
+    assert pieces[-1][1] == last
+    assert all(a[1] == b[0] for a, b in pairwise(pieces))
+    assert all(start < end for start, end in pieces)
+    assert max(end - start for start, end in pieces) <= max(1, max_bytes // token_bytes)
+    if num_tokens <= max(1, overlap_tokens):
+        assert pieces == split_range(first, last, token_bytes, max_bytes)
+        return
+    assert len(pieces) >= 2
+    assert pieces[-1][1] - pieces[-1][0] <= PIECE_TOKENS
+    if max_bytes >= num_tokens * token_bytes:
+        assert len(pieces) <= MOST_PIECES
+        for start, end in pieces[:-1] if len(pieces) > 2 else []:
+            # Cut evenly, so that a piece may lack one token of what was aimed at.
+            assert end - start >= PIECE_TOKENS - 1
+            assert (end - start + 1) * token_bytes >= PIECE_BYTES
 
 
 def test_an_empty_range_is_one_empty_piece() -> None:
