@@ -27,6 +27,11 @@ def machine() -> dict[str, object]:
     }
 
 
+def _module(script: Path) -> str:
+    parts = script.with_suffix("").parts
+    return ".".join(parts[parts.index("benchmarks") :])
+
+
 def write_report(
     path: Path,
     *,
@@ -35,9 +40,8 @@ def write_report(
     summary: Mapping[str, object],
 ) -> None:
     """Writes one result file."""
-    module = Path(sys.argv[0]).stem
     report = {
-        "command": " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "settings": settings,

@@ -9,8 +9,6 @@ cache holds. The client's clock decides.
 import argparse
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from baton.client import Client, SamplingOptions
 from benchmarks.report import write_report
+from benchmarks.serve.systems import running_baton
 
 SYSTEMS = {
     "single": ("--prefill", "0", "--decode", "1"),
@@ -28,18 +27,8 @@ SYSTEMS = {
 @contextmanager
 def serving(*flags: str) -> Iterator[tuple[str, float]]:
     """Address of a running `baton serve`, and the seconds it took to be ready."""
-    command = [sys.executable, "-m", "baton", "serve", "--port", "0", "--metrics-port", "0"]
-    started_s = time.perf_counter()
-    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.startswith("ready "):
-                    yield line.split()[1], time.perf_counter() - started_s
-                    return
-            raise RuntimeError(f"{' '.join(flags)} did not become ready")
-        finally:
-            process.terminate()
+    with running_baton(flags) as server:
+        yield server.address, server.ready_s
 
 
 def ask(client: Client, prompt: Sequence[int], new_tokens: int) -> dict[str, float]:
