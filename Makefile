@@ -23,7 +23,7 @@ ARGS ?=
 JOBS ?= 3
 AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,11 @@ presubmit: fmt ## Format, then test: run before each commit
 bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v against_aiperf); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
+
+PARTS ?= load split growth overlap
+
+bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and vLLM; PARTS='split growth' ARGS=...
+	@for part in $(PARTS); do echo "== $$part"; $(BIN)/python -m "benchmarks.serve.$$part" $(ARGS) || exit 1; done
 
 soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
 	@$(BIN)/python -m tests.faults.soak $(ARGS)

@@ -1,6 +1,7 @@
 """The models that the engines are measured on: random weights in three shapes, and the model that ships. Made once, in the cache."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ CONTEXT_TOKENS = 8192
 class Shape:
     """What decides how long a decoder's step takes."""
 
-    family: type[PreTrainedConfig]
+    family: Callable[..., PreTrainedConfig]
     hidden_size: int
     layers: int
     heads: int
@@ -106,13 +107,14 @@ def _save_random(shape: Shape, directory: Path) -> None:
         pad_token_id=0,
         dtype=torch.bfloat16,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.to(torch.bfloat16).save_pretrained(directory)
     # Some converters refuse a model without a tokenizer; no engine here uses it.
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, shape.vocab_size)}
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     tokenizer = Tokenizer(WordLevel(words, unk_token=special["unk_token"]))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
+    fast.save_pretrained(directory)
 
 
 def _save_shipped(directory: Path) -> None:

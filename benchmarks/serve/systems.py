@@ -86,10 +86,10 @@ def running_vllm(python: Path, model: Path, cores: Sequence[int]) -> Iterator[Se
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(len(cores)),
     }
-    # This checkout is for this environment only.
-    environment.pop("PYTHONPATH", None)
+    # It counts its threads itself; and this checkout is for this environment only.
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        environment.pop(name, None)
     began_s = time.perf_counter()
     with TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
