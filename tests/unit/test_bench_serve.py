@@ -1,0 +1,74 @@
+"""What `benchmarks.serve` makes of its samples, and how it counts a server's CPU time."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serve.cpu import cpu_by_kind
+from benchmarks.serve.load import medians
+from benchmarks.serve.plots import plot_growth, plot_load
+from benchmarks.serve.split import summarized
+
+
+def cell(rate: float, number: int, ttft_ms: float | None) -> dict[str, Any]:
+    return {
+        "rate_per_s": rate,
+        "round": number,
+        "ttft_ms_p50": ttft_ms,
+        "failed": 0,
+        "by_process": {"router": 1.0},
+    }
+
+
+def test_a_rate_is_told_by_the_median_of_its_rounds() -> None:
+    cells = [cell(1, 0, 10), cell(2, 0, 50), cell(1, 1, 30), cell(2, 1, None), cell(1, 2, 11)]
+    first, second = medians(cells)
+    assert (first["rate_per_s"], first["rounds"], first["ttft_ms_p50"]) == (1, 3, 11)
+    assert (second["rate_per_s"], second["rounds"], second["ttft_ms_p50"]) == (2, 2, 50)
+    assert "round" not in first
+
+
+def sample(tokens_per_s: float, cpu_us: float) -> dict[str, Any]:
+    return {"tokens_per_s": tokens_per_s, "cpu_us_per_token": cpu_us, "by_process": {"ray": cpu_us}}
+
+
+def test_the_split_is_compared_round_by_round() -> None:
+    """Promise: a machine whose speed changes between rounds, for both alike, changes no ratio."""
+    found = summarized(
+        {
+            "single": [sample(100, 10), sample(10, 100), sample(50, 20)],
+            "split": [sample(90, 11), sample(9, 110), sample(45, 22)],
+        }
+    )
+    assert (found["tokens_per_s_ratio"], found["cpu_ratio"]) == (0.9, 1.1)
+    assert found["split"]["by_process"] == {"ray": 22}
+
+
+def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
+    work = "sum(i for i in range(10_000_000)); print('done', flush=True); input()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}, '-m router'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n"
+        used = cpu_by_kind(process.pid)
+        process.communicate("\n", timeout=20)
+    assert used["router"] >= 0.05
+    assert cpu_by_kind(process.pid) == {}
+
+
+ROWS = [{"rate_per_s": 1.0, "ttft_ms_p50": 3.0, "itl_ms_p50": None}, {"rate_per_s": 2.0}]
+
+
+@pytest.mark.parametrize("kind", ["load", "growth"])
+def test_pictures_are_drawn_of_whatever_there_is(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture.svg"
+    if kind == "load":
+        plot_load({"qwen": {"split": ROWS}, "smollm2": {"vllm": ROWS, "single": []}}, path)
+    else:
+        plot_growth({"streams": [{"streams": 1, "cpu_us_per_token": 2.0}], "context": []}, path)
+    assert path.read_text().rstrip().endswith("</svg>")
