@@ -61,7 +61,10 @@ def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
     assert cpu_by_kind(process.pid) == {}
 
 
-ROWS = [{"rate_per_s": 1.0, "ttft_ms_p50": 3.0, "itl_ms_p50": None}, {"rate_per_s": 2.0}]
+ROWS: list[dict[str, Any]] = [
+    {"rate_per_s": 1.0, "ttft_ms_p50": 3.0, "itl_ms_p50": None},
+    {"rate_per_s": 2.0},
+]
 
 
 @pytest.mark.parametrize("kind", ["load", "growth"])
