@@ -23,7 +23,7 @@ ARGS ?=
 JOBS ?= 3
 AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench bench-engine bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ PARTS ?= load split growth overlap
 
 bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and vLLM; PARTS='split growth' ARGS=...
 	@for part in $(PARTS); do echo "== $$part"; $(BIN)/python -m "benchmarks.serve.$$part" $(ARGS) || exit 1; done
+
+bench-engine: $(VENV)/.dev ## Measure the engine against every peer and the machine's limit: installs gigabytes, takes hours
+	@$(BIN)/python -m benchmarks.engine $(ARGS)
 
 soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
 	@$(BIN)/python -m tests.faults.soak $(ARGS)

@@ -1,0 +1,1 @@
+"""One program per engine, which measures the cells that it reads. Each runs in its engine's own environment."""
