@@ -14,50 +14,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from benchmarks.engine import plot, report, results
 from benchmarks.engine.cells import cells, profile_cells
-from benchmarks.engine.checkpoints import NAMES, checkpoint
+from benchmarks.engine.checkpoints import ROOT, checkpoint
+from benchmarks.engine.options import chosen, parse
 from benchmarks.engine.peers import PEERS
-from benchmarks.engine.peers.base import ROOT, Peer
+from benchmarks.engine.peers.base import Peer
 from benchmarks.engine.processes import Process
-from benchmarks.engine.protocol import Cell
 from benchmarks.engine.results import Contender
 from benchmarks.engine.rounds import Rounds
 from benchmarks.report import machine
-
-CACHE = Path.home() / ".cache" / "baton" / "bench-engine"
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engine",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--shapes", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument(
-        "--formats", nargs="+", choices=["bf16", "int8", "f32"], default=["bf16", "int8"]
-    )
-    parser.add_argument(
-        "--cells",
-        nargs="+",
-        default=[""],
-        help="beginnings of cells' names: prefill, 'decode b1 ', mixed, ready",
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine.json"))
-    parser.add_argument("--resume", action="store_true", help="leave out what the results have")
-    parser.add_argument("--profile", action="store_true", help="only where Baton's time goes")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    return parser.parse_args(argv)
 
 
 def installed(args: argparse.Namespace, cores: tuple[int, ...]) -> dict[str, Peer]:
@@ -72,11 +40,6 @@ def installed(args: argparse.Namespace, cores: tuple[int, ...]) -> dict[str, Pee
         else:
             found[name] = peer
     return found
-
-
-def chosen(found: Sequence[Cell], beginnings: Sequence[str]) -> list[Cell]:
-    """Cells whose names begin so; a beginning that ends in a space ends there."""
-    return [cell for cell in found if f"{cell.name} ".startswith(tuple(beginnings))]
 
 
 def measure(args: argparse.Namespace, taken: results.Results) -> list[str]:
@@ -118,7 +81,7 @@ def measure(args: argparse.Namespace, taken: results.Results) -> list[str]:
 
 def main() -> None:
     """Measures, prints, writes; exit code 1 where an engine failed."""
-    args = parse(sys.argv[1:])
+    args = parse(sys.argv[1:], __doc__)
     args.cache = args.cache.resolve()
     os.chdir(ROOT)
     taken = results.load(args.out)

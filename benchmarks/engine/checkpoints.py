@@ -1,71 +1,17 @@
 """The models that the engines are measured on: random weights in three shapes, and the model that ships. Made once, in the cache."""
 
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
-
-from baton.cli.config import shipped_model
 from baton.engine.config import ModelConfig, load_model_config
 
 SHIPPED = "tales"
-CONTEXT_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What decides how long a decoder's step takes."""
-
-    family: Callable[..., PreTrainedConfig]
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    vocab_size: int
-
-
-SHAPES = {
-    "tiny": Shape(
-        family=LlamaConfig,
-        hidden_size=256,
-        layers=6,
-        heads=8,
-        kv_heads=4,
-        intermediate_size=688,
-        vocab_size=4096,
-    ),
-    "smollm2": Shape(
-        family=LlamaConfig,
-        hidden_size=576,
-        layers=30,
-        heads=9,
-        kv_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-    ),
-    "qwen": Shape(
-        family=Qwen2Config,
-        hidden_size=896,
-        layers=24,
-        heads=14,
-        kv_heads=2,
-        intermediate_size=4864,
-        vocab_size=151936,
-    ),
-}
-NAMES = (SHIPPED, *SHAPES)
+NAMES = (SHIPPED, "tiny", "smollm2", "qwen")
+ROOT = Path(__file__).parents[2]
+"""Of the checkout: programs are started as its modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,44 +29,8 @@ def checkpoint(name: str, cache: Path) -> Checkpoint:
     if not directory.exists():
         partial = directory.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        if name == SHIPPED:
-            _save_shipped(partial)
-        else:
-            _save_random(SHAPES[name], partial)
+        # In a process of its own: the benchmark's is not to keep the memory.
+        module = "benchmarks.engine.make_checkpoint"
+        subprocess.run([sys.executable, "-m", module, name, partial], check=True, cwd=ROOT)
         partial.rename(directory)
     return Checkpoint(name=name, directory=directory, config=load_model_config(directory))
-
-
-def _save_random(shape: Shape, directory: Path) -> None:
-    torch.manual_seed(0)
-    config = shape.family(
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate_size,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.to(torch.bfloat16).save_pretrained(directory)
-    # Some converters refuse a model without a tokenizer; no engine here uses it.
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, shape.vocab_size)}
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    tokenizer = Tokenizer(WordLevel(words, unk_token=special["unk_token"]))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
-    fast.save_pretrained(directory)
-
-
-def _save_shipped(directory: Path) -> None:
-    """In bfloat16, as the others are: the format of the comparison."""
-    source = shipped_model()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, directory / name)

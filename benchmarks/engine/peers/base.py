@@ -8,8 +8,6 @@ from typing import ClassVar
 
 from benchmarks.engine.checkpoints import Checkpoint
 
-ROOT = Path(__file__).parents[3]
-"""Of the checkout: runners are modules of it."""
 ENGINE_CELLS = frozenset({"prefill", "decode", "ready", "ready-cold"})
 
 

@@ -93,4 +93,6 @@ class LlamaCpp(Peer):
 
     def arguments(self, checkpoint: Checkpoint, weight_format: str) -> Sequence[str]:
         path = self._converted(checkpoint, weight_format)
-        return ["--model", str(path), "--tools", str(self._home / "build" / "bin")]
+        tools = self._home / "build" / "bin"
+        weights = ["--model", str(path), "--format", self.formats[weight_format]]
+        return [*weights, "--tools", str(tools)]
