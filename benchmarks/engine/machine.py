@@ -1,13 +1,15 @@
 """Measures the machine's limits, in a process of its own: memory read bandwidth, and the rates of matrix products.
 
-    python -m benchmarks.engine.machine --threads 2 --cache DIR
+    python -m benchmarks.engine.machine --threads 2 --cache DIR --answers 1
 
-Each line on standard input asks for the limits of this moment; the answer is a line of JSON (`benchmarks.engine.limits.Limits`).
+Each line on standard input asks for the limits of this moment; the answer is a line of JSON (`benchmarks.engine.limits.Limits`), written
+to the descriptor --answers.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -111,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--answers", type=int, required=True)
     args = parser.parse_args()
     reader, multiplier, size = Reader(args.cache), Multiplier(), cache_bytes()
     for _ in sys.stdin:
@@ -123,7 +126,7 @@ def main() -> None:
             gemm_per_s=multiplier.per_s(args.threads),
             gemm_per_s_one_thread=multiplier.per_s(1),
         )
-        print(json.dumps(asdict(limits)), flush=True)
+        os.write(args.answers, f"{json.dumps(asdict(limits))}\n".encode())
 
 
 if __name__ == "__main__":

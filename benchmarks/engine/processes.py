@@ -31,22 +31,25 @@ class Process:
     """A program that answers lines with lines of JSON. Ends with the context."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """What it writes to standard error goes to `log`."""
+        """What it prints goes to `log`; it is told where to write its answers."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        with log.open("wb") as errors:
+        answers, answers_end = os.pipe()
+        with log.open("wb") as printed:
             self._process = subprocess.Popen(
-                command,
+                [*command, "--answers", str(answers_end)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
                 text=True,
                 cwd=ROOT,
                 env=kept | dict(environment),
+                pass_fds=[answers_end],
             )
+        os.close(answers_end)
         self._lines: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
         self._reader.start()
 
     def __enter__(self) -> Self:
@@ -60,9 +63,8 @@ class Process:
     ) -> None:
         self.stop()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
+    def _read(self, answers: int) -> None:
+        with os.fdopen(answers) as lines:
             for line in lines:
                 self._lines.put(line)
         self._lines.put("")
@@ -74,6 +76,9 @@ class Process:
         except queue.Empty:
             raise RunnerError(f"no answer within {timeout_s:.0f} s: {self._tail()}") from None
         if not text:
+            # Its answers' end comes before its last words.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
             raise RunnerError(f"ended: {self._tail()}")
         return json.loads(text)
 

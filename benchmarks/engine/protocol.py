@@ -1,4 +1,5 @@
-"""How the benchmark speaks with what it measures: lines of JSON over a subprocess' pipes, one cell at a time.
+"""How the benchmark speaks with what it measures: lines of JSON over a subprocess' pipes, one cell at a time. Questions come on standard
+input; answers go to a pipe of their own, since libraries print what they like.
 
     benchmark → runner   {"kind": "decode", "batch": 4, …}
     runner → benchmark   {"seconds": [0.21, 0.20], "tokens": 96, "peak_rss_bytes": 5e8}
@@ -83,16 +84,13 @@ def peak_rss_bytes(who: int = resource.RUSAGE_SELF) -> int:
     return resource.getrusage(who).ru_maxrss * 1024
 
 
-def serve(measure: Measure, peak: Callable[[], int] = peak_rss_bytes) -> None:
-    """Announces that the engine is ready, then measures cell by cell until standard input ends. Libraries may print: what they write to
-    standard output goes to standard error.
-    """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    print(json.dumps({"peak_rss_bytes": peak()}), file=answers, flush=True)
-    for line in sys.stdin:
-        answer = measure(Cell(**json.loads(line)))
-        print(json.dumps(asdict(answer)), file=answers, flush=True)
+def serve(answers_fd: int, measure: Measure, peak: Callable[[], int] = peak_rss_bytes) -> None:
+    """Announces that the engine is ready, then measures cell by cell until standard input ends."""
+    with os.fdopen(answers_fd, "w") as answers:
+        print(json.dumps({"peak_rss_bytes": peak()}), file=answers, flush=True)
+        for line in sys.stdin:
+            answer = measure(Cell(**json.loads(line)))
+            print(json.dumps(asdict(answer)), file=answers, flush=True)
 
 
 def runner_arguments() -> argparse.Namespace:
@@ -101,6 +99,7 @@ def runner_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="in the engine's own format")
     parser.add_argument("--format", required=True, help="of weights, as the engine calls it")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--answers", type=int, required=True, help="descriptor to write them to")
     parser.add_argument("--tools", default="", help="the engine's own programs")
     return parser.parse_args()
 

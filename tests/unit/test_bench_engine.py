@@ -242,7 +242,7 @@ def measure(cell):
     if cell.context == 13:
         raise ValueError("unlucky")
     return Answer(seconds=[0.5], tokens=cell.context)
-serve(measure)
+serve(int(sys.argv[-1]), measure)
 """
 
 

@@ -76,4 +76,4 @@ if __name__ == "__main__":
         prefix_cache=False,
         threads=args.threads,
     )
-    serve(BatonMeasure(BatonStepper(engine)))
+    serve(args.answers, BatonMeasure(BatonStepper(engine)))

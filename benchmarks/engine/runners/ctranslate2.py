@@ -77,4 +77,4 @@ class Generator:
 
 if __name__ == "__main__":
     args = runner_arguments()
-    serve(Generator(Path(args.model), args.format, args.threads))
+    serve(args.answers, Generator(Path(args.model), args.format, args.threads))

@@ -74,4 +74,4 @@ if __name__ == "__main__":
     args = runner_arguments()
     tools = Tools(directory=Path(args.tools), model=args.model, threads=args.threads)
     tools.ready()
-    serve(tools, tools_peak_rss_bytes)
+    serve(args.answers, tools, tools_peak_rss_bytes)

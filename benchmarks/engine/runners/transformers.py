@@ -77,4 +77,4 @@ class Generate:
 if __name__ == "__main__":
     args = runner_arguments()
     torch.set_num_threads(args.threads)
-    serve(Generate(args.model, getattr(torch, args.format)))
+    serve(args.answers, Generate(args.model, getattr(torch, args.format)))

@@ -50,4 +50,4 @@ class VLLMStepper:
 
 if __name__ == "__main__":
     args = runner_arguments()
-    serve(SteppedMeasure(VLLMStepper(args.model, args.format)))
+    serve(args.answers, SteppedMeasure(VLLMStepper(args.model, args.format)))
