@@ -18,6 +18,7 @@ SECTIONS = {
     "baton.engine.runner.plan_batch": "batch plan",
     "baton.engine.model.Decoder.__call__": "norms, rotation, residuals, dispatch",
     "baton.engine.layers.Linear.__call__": "linear",
+    "baton.engine.quantize.Int8Linear.__call__": "linear",
     "baton.engine.model.attend": "attention",
     "baton.engine.runner.sample": "sampling",
 }

@@ -10,6 +10,7 @@ import pytest
 
 from baton.cli.config import shipped_model
 from baton.engine.config import load_model_config
+from baton.engine.engine import PagedEngine
 from benchmarks.engine import results
 from benchmarks.engine.cells import cells
 from benchmarks.engine.checkpoints import Checkpoint
@@ -22,6 +23,7 @@ from benchmarks.engine.protocol import Cell, percentile, stretches
 from benchmarks.engine.report import contenders_of, markdown, rows
 from benchmarks.engine.results import Contender, Results, Sample
 from benchmarks.engine.rounds import turns
+from benchmarks.engine.sections import Clocks
 from benchmarks.engine.stepping import SteppedMeasure
 
 LIMITS = Limits(
@@ -281,3 +283,21 @@ def test_the_command_line_takes_a_part() -> None:
         ["decode"],
         1,
     )
+
+
+def test_every_second_counts_for_the_innermost_section() -> None:
+    """What a section spends in another one is the other's."""
+    clocks = Clocks()
+    inner = clocks.around("inner", lambda: sum(range(200_000)))
+    outer = clocks.around("outer", lambda: inner() and inner())
+    outer()
+    assert set(clocks.seconds) == {"inner", "outer"}
+    assert clocks.seconds["inner"] > clocks.seconds["outer"] > 0
+
+
+def test_the_seams_of_the_profile_are_the_engines() -> None:
+    """A seam that is renamed fails here, and not in an hour of measuring; each is put back afterwards."""
+    before = PagedEngine.step
+    with Clocks().standing():
+        assert PagedEngine.step is not before
+    assert PagedEngine.step is before

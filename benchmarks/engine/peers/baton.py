@@ -9,5 +9,5 @@ class Baton(Peer):
     """What is measured against the others."""
 
     name = "baton"
-    formats: ClassVar = {"bf16": "bf16", "f32": "f32"}
-    kinds = ENGINE_CELLS | {"mixed", "profile"}
+    formats: ClassVar = {"bf16": "bf16", "int8": "int8", "f32": "f32"}
+    kinds = ENGINE_CELLS | {"mixed"}

@@ -9,6 +9,7 @@ from baton.engine.base import EngineRequest, Failed, Mode, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
+from baton.kv.spec import WeightFormat
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 from benchmarks.engine.protocol import Answer, Cell, runner_arguments, serve
 from benchmarks.engine.sections import profiled
@@ -16,7 +17,9 @@ from benchmarks.engine.stepping import SteppedMeasure
 
 POOL_TOKENS = 40_960
 """Enough for eight streams of 4,096 tokens."""
-DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+DTYPES = {"bf16": "bfloat16", "int8": "bfloat16", "f32": "float32"}
+WEIGHTS = {"int8": WeightFormat.INT8}
+"""None: in the dtype."""
 
 
 class BatonStepper:
@@ -72,6 +75,7 @@ if __name__ == "__main__":
     engine = EngineConfig(
         model=args.model,
         dtype=DTYPES[args.format],
+        weights=WEIGHTS.get(args.format),
         kv_pool_tokens=POOL_TOKENS,
         prefix_cache=False,
         threads=args.threads,
