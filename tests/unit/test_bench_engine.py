@@ -23,6 +23,7 @@ from benchmarks.engine.protocol import Cell, percentile, stretches
 from benchmarks.engine.report import contenders_of, markdown, rows
 from benchmarks.engine.results import Contender, Results, Sample
 from benchmarks.engine.rounds import turns
+from benchmarks.engine.runners.llamacpp import Tools
 from benchmarks.engine.sections import Clocks
 from benchmarks.engine.stepping import SteppedMeasure
 
@@ -301,3 +302,31 @@ def test_the_seams_of_the_profile_are_the_engines() -> None:
     with Clocks().standing():
         assert PagedEngine.step is not before
     assert PagedEngine.step is before
+
+
+LLAMA_BENCH = """#!/bin/sh
+echo "$@" >> "$0.calls"
+echo '[{"n_prompt": 512, "samples_ns": [ 500000000, 250000000 ]}]'
+"""
+LLAMA_BATCHED_BENCH = """#!/bin/sh
+echo "$@" >> "$0.calls"
+printf '\\n{"pp": 128, "tg": 32, "pl": 4, "t_pp": 9.5, "t_tg": 1.25}\\n\\n'
+"""
+
+
+def test_llama_cpps_own_benchmarks_are_asked_and_understood(tmp_path: Path) -> None:
+    """A prompt's samples come one by one; a decode cell's repetitions are one stretch, with room for all its tokens."""
+    for name, text in (("llama-bench", LLAMA_BENCH), ("llama-batched-bench", LLAMA_BATCHED_BENCH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    tools = Tools(directory=tmp_path, model="m.gguf", threads=2)
+    tools.ready()
+    prefill = tools(Cell(kind="prefill", context=512, repetitions=2))
+    decode = tools(DECODE)
+    assert (prefill.seconds, prefill.tokens) == ([0.5, 0.25], 512)
+    assert (decode.seconds, decode.tokens) == ([1.25], 2 * 16 * 4)
+    ready, prompt = (tmp_path / "llama-bench.calls").read_text().splitlines()
+    assert ready == "-m m.gguf -t 2 -p 0 -n 0 -pg 16,1 -r 1 --no-warmup"
+    assert prompt == "-m m.gguf -t 2 -p 512 -n 0 -r 2 -o json"
+    batched = (tmp_path / "llama-batched-bench.calls").read_text().strip()
+    assert batched == ("-m m.gguf -t 2 -npp 128 -ntg 32 -npl 4 -c 1024 --output-format jsonl")
