@@ -43,11 +43,13 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Results are kept by it."""
+        profile = "profile, " if self.profile else ""
         match self.kind:
             case "prefill":
-                return f"prefill {self.context}"
+                return f"{profile}prefill {self.context}"
             case "decode":
-                return f"decode b{self.batch} ctx {self.context}"
+                return f"{profile}decode b{self.batch} ctx {self.context}"
             case "mixed":
                 return f"mixed b{self.batch} chunk {self.chunk or 'default'}"
             case _:
