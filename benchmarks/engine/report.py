@@ -118,7 +118,7 @@ def markdown(samples: Sequence[Sample]) -> str:
         parts.append(shape_table(samples, shape))
         profiles = profile_table(samples, shape)
         if profiles:
-            parts += ["Where Baton's time goes (bf16), in per cent:", profiles]
+            parts += ["Where the time of Baton's steps goes:", profiles]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,7 +169,8 @@ def _ratio_text(ratio: float | None) -> str:
 
 def profile_table(samples: Sequence[Sample], shape: str) -> str:
     """A row per section, a column per cell; empty where nothing was profiled."""
-    taken = {s.cell.name: s for s in samples if s.shape == shape and s.sections_s}
+    profiles = [s for s in samples if s.shape == shape and s.sections_s]
+    taken = {f"{s.cell.name}, {s.contender.weight_format}": s for s in profiles}
     if not taken:
         return ""
     sections = dict.fromkeys(name for sample in taken.values() for name in sample.sections_s)
