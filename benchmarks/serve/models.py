@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from baton.cli.config import shipped_model
-from benchmarks.engine.checkpoints import SHAPES, SHIPPED, checkpoint
+from benchmarks.engine.checkpoints import NAMES as CHECKPOINTS
+from benchmarks.engine.checkpoints import SHIPPED, checkpoint
 
 CACHE = Path.home() / ".cache" / "baton" / "bench-engine"
 """Of checkpoints and environments; `benchmarks.engine` makes the same ones."""
 SIM = "sim"
 """A simulated engine in place of the shipped model's: its steps take time, and hardly a core."""
-NAMES = (*SHAPES, SHIPPED, SIM)
+NAMES = (*CHECKPOINTS, SIM)
 
 
 def model_directory(name: str, cache: Path) -> Path:
