@@ -8,7 +8,7 @@ import typer
 from baton.cli.config import ServeConfig, Transport, shipped_model, with_ports
 from baton.cli.console import EXIT_FAILED, reported
 from baton.cli.serving import run
-from baton.engine.config import EngineConfig
+from baton.engine.config import EngineConfig, default_batch_tokens
 from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.kv.spec import WeightFormat
@@ -111,11 +111,14 @@ def serve(
         int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=FLEET)
     ] = 16,
     max_batch_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, help="Most tokens in one step: the prefill chunk.", rich_help_panel=FLEET
+            min=1,
+            help="Most tokens in one step: the prefill chunk.",
+            show_default="512; on CUDA 8192, without prefill workers 2048",
+            rich_help_panel=FLEET,
         ),
-    ] = 512,
+    ] = None,
     max_running: Annotated[
         int, typer.Option(min=1, help="Most sequences in one step.", rich_help_panel=FLEET)
     ] = 64,
@@ -253,7 +256,7 @@ def serve(
             device=device,
             block_size_tokens=block_size,
             kv_pool_tokens=kv_tokens,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=max_batch_tokens or default_batch_tokens(device, prefills=prefill > 0),
             max_running=max_running,
             max_context_tokens=max_context,
             threads=shared_out,

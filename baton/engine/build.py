@@ -1,9 +1,18 @@
-"""Builds engines from their configuration, on the thread that will own them. Torch is imported only where it is needed."""
+"""Builds engines from their configuration, on the thread that will own them. Torch is imported only where it is needed, and Triton
+only for a CUDA device.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
 from baton.engine.progress import Progress
 from baton.engine.sim import SimConfig, build_sim_engine
+
+if TYPE_CHECKING:
+    from baton.engine.cuda.runner import CudaRunner
+    from baton.engine.runner import ModelRunner
 
 
 def build_engine(config: EngineConfig | SimConfig, progress: Progress | None = None) -> PagedEngine:
@@ -17,7 +26,8 @@ def build_torch_engine(config: EngineConfig, progress: Progress | None = None) -
     """As `build_engine`."""
     from baton.engine.runner import ModelRunner  # noqa: PLC0415 - imports torch
 
-    runner = ModelRunner(config, progress=progress)
+    plain = ModelRunner(config, progress=progress)
+    runner = _on_cuda(plain, config) if config.device == "cuda" else plain
     runner.warm_up()
     return PagedEngine(
         runner,
@@ -26,3 +36,14 @@ def build_torch_engine(config: EngineConfig, progress: Progress | None = None) -
         prefix_cache=config.prefix_cache,
         kv_cache=config.kv_cache,
     )
+
+
+def _on_cuda(plain: "ModelRunner", config: EngineConfig) -> "ModelRunner | CudaRunner":
+    """The same model by kernels of its own; by torch where that is asked for, there is no Triton, or none of them fits the model."""
+    if config.kernels == "torch" or find_spec("triton") is None:
+        return plain
+    from baton.engine.cuda.runner import CudaRunner, supports  # noqa: PLC0415 - imports Triton
+
+    if not supports(plain.info.spec):
+        return plain
+    return CudaRunner(plain, max_rows=config.max_running, capture=config.capture_decode)

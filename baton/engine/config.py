@@ -15,6 +15,9 @@ from baton.kv.spec import KVDtype, WeightFormat
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
 
+_BATCH_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """An autoregressive decoder, of the Llama family or GPT-2."""
@@ -89,7 +92,7 @@ class EngineConfig:
     block_size_tokens: int = 16
     kv_pool_tokens: int | None = None
     """None is sized from memory."""
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = _BATCH_TOKENS
     """Most tokens in one step: the prefill chunk budget."""
     max_running: int = 64
     """Most sequences in one step."""
@@ -100,8 +103,19 @@ class EngineConfig:
     kernels: str | None = None
     """What computes: `torch`, or `native`, compiled for some CPUs and models; None is native where it can be."""
     prefix_cache: bool = True
+    capture_decode: bool = True
+    """CUDA: decode steps become graphs. Off where none are computed: on a prefill worker."""
     kv_cache: bool = True
     """Off recomputes every token in each step: for the benchmark that shows what the cache buys."""
+
+
+def default_batch_tokens(device: str, *, prefills: bool) -> int:
+    """`max_batch_tokens` of a worker that mostly prefills, or mostly decodes: a GPU computes a long chunk at its full rate, and where
+    answers are generated beside it, they wait for it.
+    """
+    if device == "cpu":
+        return _BATCH_TOKENS
+    return 8192 if prefills else 2048
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:

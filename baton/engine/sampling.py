@@ -118,17 +118,21 @@ def _together(
     return table
 
 
+def is_adjusted(row: SampleInput, eos_token_ids: tuple[int, ...]) -> bool:
+    """Whether bias, penalties or masks change the row's scores."""
+    params = row.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or _masked_ends(row, eos_token_ids)
+    )
+
+
 def _is_plain(row: SampleInput, eos_token_ids: tuple[int, ...]) -> bool:
     """Whether the row's token is simply the most likely one."""
-    params = row.params
-    return (
-        params.temperature == 0
-        and not params.logit_bias
-        and params.repetition_penalty == 1
-        and params.presence_penalty == 0
-        and params.frequency_penalty == 0
-        and not _masked_ends(row, eos_token_ids)
-    )
+    return row.params.temperature == 0 and not is_adjusted(row, eos_token_ids)
 
 
 def _masked_ends(row: SampleInput, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ class TorchBackend:
         device: torch.device,
     ) -> None:
         """`windows`: those of the model's layers."""
-        self._decoder, self._windows, self._device = decoder, windows, device
+        self.decoder, self._windows, self._device = decoder, windows, device
         self._block_size, self._dtype = block_size_tokens, TORCH_DTYPES[spec.dtype]
-        self._pool = KVPool(
+        self.pool = KVPool(
             spec, num_blocks=num_blocks, block_size_tokens=block_size_tokens, device=device.type
         )
 
@@ -40,10 +40,10 @@ class TorchBackend:
             dtype=self._dtype,
             device=self._device,
         )
-        return Logits(plan.sampled_rows, self._decoder(plan, self._pool))
+        return Logits(plan.sampled_rows, self.decoder(plan, self.pool))
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
-        return self._pool.read_kv(block_table, first, last)
+        return self.pool.read_kv(block_table, first, last)
 
     def write_kv(self, block_table: Sequence[int], first: int, kv: SealedKV) -> None:
-        self._pool.write_kv(block_table, first, kv)
+        self.pool.write_kv(block_table, first, kv)

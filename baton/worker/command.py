@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from baton.engine.config import EngineConfig
+from baton.engine.config import EngineConfig, default_batch_tokens
 from baton.engine.progress import in_words, paced
 from baton.engine.sim import EngineKind, SimConfig, simulated
 from baton.errors import BatonError
@@ -74,8 +74,10 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         log_format=flags.log_format and LogFormat(flags.log_format),
         log_level=flags.log_level and LogLevel(flags.log_level),
     )
+    flexible = role is None
     imports_prompts = role is Role.DECODE
     role = role or Role(flags.role)
+    prefills = role is Role.PREFILL or flexible
     if not settings.worker_id:
         made = f"{role.value}-{socket.gethostname()}-{secrets.token_hex(3)}"
         settings = replace(settings, worker_id=made)
@@ -88,12 +90,14 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         device=flags.device,
         block_size_tokens=flags.block_size_tokens,
         kv_pool_tokens=flags.kv_pool_tokens,
-        max_batch_tokens=flags.max_batch_tokens,
+        max_batch_tokens=flags.max_batch_tokens
+        or default_batch_tokens(flags.device, prefills=prefills),
         max_running=flags.max_running,
         max_context_tokens=flags.max_context_tokens,
         # Ray tells the libraries beneath torch to use one thread.
         threads=flags.threads or len(os.sched_getaffinity(0)),
         prefix_cache=not flags.no_prefix_cache,
+        capture_decode=role is Role.DECODE or flexible,
     )
     num_gpus = flags.num_gpus
     if num_gpus is None:
@@ -167,7 +171,7 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--threads", type=int, help="CPU threads of the engine (default: all of this process's)")
     add("--block-size-tokens", type=int, default=defaults.block_size_tokens)
     add("--kv-pool-tokens", type=int, help="default: sized from memory")
-    add("--max-batch-tokens", type=int, default=defaults.max_batch_tokens)
+    add("--max-batch-tokens", type=int, help="default: 512; on CUDA what suits the role")
     add("--max-running", type=int, default=defaults.max_running)
     add("--max-context-tokens", type=int, help="default: the model's")
     add("--no-prefix-cache", action="store_true", help="compute every prompt afresh")
