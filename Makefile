@@ -23,7 +23,7 @@ ARGS ?=
 JOBS ?= 3
 AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench bench-engine bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench bench-engine bench-gpu bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,9 +42,9 @@ test: ## Everything CI checks: style, types, import rules, spelling, protos, tes
 presubmit: fmt ## Format, then test: run before each commit
 	@$(MAKE) test
 
-# The comparison with AIPerf installs a gigabyte, and is run by its own name.
+# The comparison with AIPerf installs a gigabyte, and the GPU's needs one: both are run by their own names.
 bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v against_aiperf); do \
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e against_aiperf -e gpu_engine); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
 
 PARTS ?= load split growth overlap
@@ -54,6 +54,9 @@ bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and 
 
 bench-engine: $(VENV)/.dev ## Measure the engine against every peer and the machine's limit: installs gigabytes, takes hours
 	@$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## Measure the engine on this machine's CUDA device, beside transformers; ARGS='--shapes 1b'
+	@$(BIN)/python -m benchmarks.gpu_engine $(ARGS)
 
 soak: $(VENV)/.dev ## Ten minutes of faults of every kind under load; ARGS='--minutes 60 --seed 1'
 	@$(BIN)/python -m tests.faults.soak $(ARGS)
