@@ -7,9 +7,11 @@ Tests run in several processes, pytest-xdist's workers, of which each runs whole
 """
 
 import gc
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,8 @@ from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
 
 TESTS = Path(__file__).parent
+AGAIN_S = 20.0
+"""Long enough for what a test that timed out has to clean up."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +58,14 @@ def pytest_collection_finish() -> None:
     # What is alive now stays; the collections below need not look at it.
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(settings: Any) -> Generator[None, Any, Any]:
+    """Lets a test's timeout come again: what a signal raises inside of a task or a destructor is lost, and the test would hang."""
+    is_set = yield
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout, AGAIN_S)
+    return is_set
 
 
 @pytest.fixture(scope="module", autouse=True)
