@@ -119,7 +119,7 @@ ready: $(VENV)/.dev checkov system-packages node-modules
 # Modules are spread over processes, see tests/conftest.py; ARGS='-n 0' runs all in one.
 pytest: ready
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # Servers that tests start, as command:package. A test that can neither find nor install its server says what to do.
 SYSTEM := redis-server:redis-server prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager chromium:chromium kubectl:kubectl

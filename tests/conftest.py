@@ -2,24 +2,23 @@
 
 Tests run in several processes, pytest-xdist's workers, of which each runs whole modules, in their order within a group:
 
-    ray     modules that use the shared cluster, and all that break workers over Ray: one after the other, for they keep the machine busy
+    faults  one after the other, for they keep the machine busy
     others  each module a group of its own
 """
 
 import gc
 import signal
 from collections.abc import Generator, Iterator
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
 
-TESTS = Path(__file__).parent
 AGAIN_S = 20.0
 """Long enough for what a test that timed out has to clean up."""
 
@@ -36,22 +35,24 @@ def pytest_configure() -> None:
     settings.load_profile("untimed")
 
 
+class Spread(LoadScopeScheduling):
+    """See the module docstring."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "faults" if "faults/" in path else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Spread:
+    return Spread(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups, the longest first, so that no worker ends long after the others."""
-    ranked: list[tuple[int, pytest.Item]] = []
-    for path, grouped in groupby(items, key=lambda item: item.path):
-        module = list(grouped)
-        name = path.relative_to(TESTS).as_posix()
-        marks = {mark.name for item in module for mark in item.iter_markers()}
-        functions = [item for item in module if isinstance(item, pytest.Function)]
-        fixtures = {fixture for item in functions for fixture in item.fixturenames}
-        over_ray = "ray" in marks and name.startswith(("contract/", "faults/"))
-        in_ray = over_ray or "ray_cluster" in fixtures
-        rank = 0 if in_ray else 1 if marks & {"ray", "e2e"} else 2
-        for item in module:
-            item.add_marker(pytest.mark.xdist_group("ray" if in_ray else name))
-            ranked.append((rank, item))
-    items[:] = [item for _, item in sorted(ranked, key=lambda each: each[0])]
+    """The longest first, so that no worker ends long after the others."""
+    first = ("faults", "e2e")
+    rank = {name: number for number, name in enumerate(first)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(first)))
 
 
 def pytest_collection_finish() -> None:

@@ -55,7 +55,8 @@ async def load(here: FlexHouse, reference: list[list[int]], stop: asyncio.Event)
         number = rng.randrange(len(reference))
         answer = await here.generate(prompt_of(number), max_tokens=LENGTH, seed=number)
         assert answer.tokens == reference[number]
-        assert set(answer.failures) <= {"DRAINING"}, "a role change cost an attempt"
+        failures = [attempt.failure for attempt in answer.end.attempts]
+        assert set(answer.failures) <= {"DRAINING"}, f"a role change cost an attempt: {failures}"
         asked += 1
     return asked
 

@@ -15,11 +15,14 @@ def finished(answer: Answer) -> inference_pb2.Finished:
     return answer.finished
 
 
-async def generating(here: House, worker_id: str) -> None:
-    """Returns once the worker generates for somebody."""
-    engine = here.workers[worker_id].host.engine  # type: ignore[index]
-    async with asyncio.timeout(10):
-        while not (await engine.refresh_load()).used_blocks:  # noqa: ASYNC110
+async def generating(here: House) -> str:
+    """A decode worker that generates for somebody, once there is one: caches decide which it is."""
+    async with asyncio.timeout(20):
+        while True:
+            for worker_id in decode_ids(here):
+                engine = here.workers[worker_id].host.engine  # type: ignore[index]
+                if (await engine.refresh_load()).used_blocks:
+                    return worker_id
             await asyncio.sleep(0.002)
 
 
@@ -40,8 +43,7 @@ async def test_requests_move_to_another_decode_worker_with_their_kv() -> None:
     async with house(prefill=1, decode=2) as here:
         undisturbed = [await here.generate(number, **LONG) for number in numbers]
         calls = [asyncio.create_task(here.generate(number, **LONG)) for number in numbers]
-        leaving = decode_ids(here)[0]
-        await generating(here, leaving)
+        leaving = await generating(here)
         await draining(here, leaving)
         answers: list[Answer] = await asyncio.gather(*calls)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in undisturbed]
@@ -60,8 +62,7 @@ async def test_a_decode_worker_without_a_successor_finishes_what_it_runs() -> No
     async with house(prefill=1, decode=1) as here:
         undisturbed = await here.generate(1, **LONG)
         call = asyncio.create_task(here.generate(1, **LONG))
-        await generating(here, decode_ids(here)[0])
-        await draining(here, decode_ids(here)[0])
+        await draining(here, await generating(here))
         assert (await call).tokens == undisturbed.tokens
         await here.add_decode()
 
@@ -70,8 +71,7 @@ async def test_a_successor_that_comes_while_a_worker_drains_takes_over() -> None
     async with house(prefill=1, decode=1) as here:
         undisturbed = await here.generate(1, max_tokens=400)
         call = asyncio.create_task(here.generate(1, max_tokens=400))
-        await generating(here, decode_ids(here)[0])
-        drain = asyncio.create_task(draining(here, decode_ids(here)[0]))
+        drain = asyncio.create_task(draining(here, await generating(here)))
         await here.add_decode()
         answer = await call
         await drain
@@ -84,8 +84,8 @@ async def test_a_successor_that_dies_while_it_takes_over_costs_nothing() -> None
     async with house(prefill=1, decode=3) as here:
         undisturbed = [await here.generate(number, **LONG) for number in range(9)]
         calls = [asyncio.create_task(here.generate(number, **LONG)) for number in range(9)]
-        leaving, dying, _ = decode_ids(here)
-        await generating(here, leaving)
+        leaving = await generating(here)
+        dying = next(worker_id for worker_id in decode_ids(here) if worker_id != leaving)
         drain = asyncio.create_task(draining(here, leaving))
         await asyncio.sleep(0.01)
         await here.kill(dying)
