@@ -35,7 +35,7 @@ def pytest_configure() -> None:
     settings.load_profile("untimed")
 
 
-class Spread(LoadScopeScheduling):
+class Spread(LoadScopeScheduling):  # type: ignore[misc] # untyped
     """See the module docstring."""
 
     def _split_scope(self, nodeid: str) -> str:
