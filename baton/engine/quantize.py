@@ -51,7 +51,8 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
 def _groups(x: Tensor) -> Tensor:
     # [M, inputs] -> [M, G, 64]
-    return functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
+    groups = -(-x.shape[1] // GROUP)
+    return functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), groups, GROUP)
 
 
 def _rounded(groups: Tensor, scales: Tensor) -> Tensor:
