@@ -41,10 +41,17 @@ class House:
     workers: dict[WorkerId, PrefillWorker | DecodeWorker] = field(default_factory=dict)
     worker_settings: WorkerSettings = WORKERS
     sim: SimConfig = SIM
+    decode_sim: SimConfig | None = None
+    """Of decode workers, where theirs is another."""
 
     @property
     def settings(self) -> WorkerSettings:
         return replace(self.worker_settings, routers=(f"127.0.0.1:{self.app.fleet_port}",))
+
+    @property
+    def app_address(self) -> str:
+        """Where clients find the router."""
+        return f"127.0.0.1:{self.app.port}"
 
     async def add_prefill(self) -> None:
         engine = AsyncEngine(lambda: build_sim_engine(self.sim), name="prefill")
@@ -54,7 +61,8 @@ class House:
         await self._joined(info.worker_id, worker)
 
     async def add_decode(self) -> None:
-        engine = AsyncEngine(lambda: build_sim_engine(self.sim), name="decode")
+        sim = self.decode_sim or self.sim
+        engine = AsyncEngine(lambda: build_sim_engine(sim), name="decode")
         transport = MemoryTransport(self.sources, ByteCredits(1 << 20))
         worker = DecodeWorker(self.settings, engine, transport)
         info = await worker.start()
@@ -109,6 +117,7 @@ async def house(
     connect: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
     tokenizer: Tokenizer | None = None,
     sim: SimConfig = SIM,
+    decode_sim: SimConfig | None = None,
 ) -> AsyncIterator[House]:
     """At the end, every worker is at rest. `connect` opens the clients' channel."""
     app = RouterApp(settings, tokenizer or Tokenizer.of_bytes())
@@ -116,7 +125,9 @@ async def house(
     async with connect(f"127.0.0.1:{app.port}") as channel:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
         sessions = session_pb2_grpc.SessionServiceStub(channel)
-        here = House(app, inference, sessions, worker_settings=workers, sim=sim)
+        here = House(
+            app, inference, sessions, worker_settings=workers, sim=sim, decode_sim=decode_sim
+        )
         try:
             for _ in range(prefill):
                 await here.add_prefill()
