@@ -18,7 +18,7 @@ from baton.kv.spec import WeightFormat
 from baton.types import SamplingParams
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
-from tests.integration.router_fakes import Answer
+from tests.integration.router_fakes import SETTINGS, Answer
 from tests.integration.sim_house import LENGTH, SIM, House, house, prompt_of
 
 INT8 = replace(SIM, weights=WeightFormat.INT8, imports_prompts=True)
@@ -143,9 +143,15 @@ async def test_a_sessions_next_turn_has_its_history_computed_by_prefill() -> Non
 
 
 async def test_without_a_prefill_worker_a_request_waits_and_is_never_computed_otherwise() -> None:
-    async with house(0, 1, decode_sim=INT8) as here, AsyncClient(here.app_address) as client:
+    brief = replace(SETTINGS, worker_wait_s=0.2)
+    async with (
+        house(0, 1, decode_sim=INT8, settings=brief) as here,
+        AsyncClient(here.app_address) as client,
+    ):
         with pytest.raises(UnavailableError, match="prefill"):
             await client.complete(prompt_of(1), sampling=SamplingOptions(max_tokens=4))
+    patient = replace(SETTINGS, worker_wait_s=20.0)
+    async with house(0, 1, decode_sim=INT8, settings=patient) as here:
         waiting = asyncio.create_task(here.generate(2))
         await asyncio.sleep(0.1)
         await here.add_prefill()

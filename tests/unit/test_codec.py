@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from baton import codec
 from baton.engine.base import Token
 from baton.errors import InvalidRequestError
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WeightFormat
 from baton.types import (
     AttemptKey,
     BlockHash,
@@ -86,6 +86,7 @@ specs = st.builds(
     dtype=st.sampled_from(KVDtype),
     position_scheme=st.text(max_size=12),
     model_fingerprint=st.text(max_size=12),
+    weights=st.sampled_from([None, *WeightFormat]),
 )
 infos = st.builds(
     WorkerInfo,
@@ -105,6 +106,7 @@ infos = st.builds(
     metrics_address=st.text(max_size=12),
     device=st.text(max_size=12),
     version=st.text(max_size=12),
+    weights=st.sampled_from([None, *WeightFormat]),
 )
 loads = st.builds(
     WorkerLoad,
@@ -244,6 +246,11 @@ def spec_message(**changes: object) -> pb.KvSpec:
             lambda: codec.chunk_from_proto(
                 pb.TokenChunk(token_ids=[1, 2], logprobs=[pb.PositionLogprobs()])
             ),
+        ),
+        ("kv_spec.weights", lambda: codec.spec_from_proto(spec_message(weights="int3"))),
+        (
+            "info.weights",
+            lambda: codec.worker_info_from_proto(info_message(weights="int3")),
         ),
         ("kv_spec.dtype", lambda: codec.spec_from_proto(spec_message(dtype="int3"))),
         ("kv_spec.digest", lambda: codec.spec_from_proto(spec_message(head_dim=3))),

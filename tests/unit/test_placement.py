@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kv.spec import KVDtype, KVSpec
+from baton.kv.spec import KVDtype, KVSpec, WeightFormat
 from baton.service.settings import PlacementPolicy
 from baton.types import Role, WorkerId, WorkerInfo
 from router.placement import (
@@ -412,3 +412,42 @@ def test_kv_that_was_left_a_moment_ago_counts_as_held() -> None:
     assert fleet.knowing(Resident(WorkerId("d2"), 30)) == fleet
     assert fleet.knowing(Resident(WorkerId("gone"), 495)) == fleet
     assert ids(PrefixAware().place(replace(knowing, decode=(D1,)), LONG)) == (None, "d1")
+
+
+INT8_ANSWERS = replace(info("d8", Role.DECODE), weights=WeightFormat.INT8)
+IMPORTS = replace(view_of(INT8_ANSWERS), computes_prompts=False)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+class TestAnotherFormatThanPrompts:
+    """A decode worker that computes no prompts."""
+
+    def test_gets_a_prefill_worker_for_the_shortest_prompt(self, policy: Policy) -> None:
+        assert not INT8_ANSWERS.computes_prompts
+        short = PlaceRequest(num_tokens=3)
+        assert ids(policy.place(FleetView((P1,), (IMPORTS,)), short)) == ("p1", "d8")
+        assert ids(policy.place(FleetView((P1,), (D1,)), short)) == (None, "d1")
+
+    def test_gets_a_troubled_prefill_worker_rather_than_none(self, policy: Policy) -> None:
+        view = FleetView((replace(P1, suspect=True),), (IMPORTS,))
+        assert ids(policy.place(view, LONG)) == ("p1", "d8")
+
+    def test_gets_nothing_without_a_prefill_worker(self, policy: Policy) -> None:
+        assert isinstance(policy.place(FleetView((), (IMPORTS,)), LONG), NoWorker)
+        draining = FleetView((replace(P1, draining=True),), (IMPORTS,))
+        assert isinstance(policy.place(draining, LONG), NoWorker)
+        assert ids(policy.place(FleetView((), (IMPORTS, D1)), LONG)) == (None, "d1")
+
+    def test_gets_a_request_that_moves_without_a_prefill_worker(self, policy: Policy) -> None:
+        moving = replace(LONG, moves=True, weights=WeightFormat.INT8)
+        placement = policy.place(FleetView((), (D1, IMPORTS)), moving)
+        assert ids(placement)[1] == "d8"
+
+    def test_goes_on_with_what_its_format_began_and_with_nothing_else(self, policy: Policy) -> None:
+        begun = replace(LONG, digest=INT8_ANSWERS.spec.digest, weights=WeightFormat.INT8)
+        view = FleetView((P1,), (D1, D2, IMPORTS))
+        assert ids(policy.place(view, begun))[1] == "d8"
+        assert isinstance(policy.place(FleetView((P1,), (D1, D2)), begun), NoWorker)
+        of_others = replace(begun, weights=D1.info.weight_format)
+        assert ids(policy.place(view, of_others))[1] in {"d1", "d2"}
+        assert isinstance(policy.place(FleetView((P1,), (IMPORTS,)), of_others), NoWorker)

@@ -114,6 +114,7 @@ WORKERS: Table[WorkerStatus] = Table(
     "Fleet",
     (
         Column("role", _role, lambda w: w.role.value),
+        Column("weights", lambda w, _: Text(w.weights), lambda w: w.weights),
         Column("worker", lambda w, _: w.worker_id, lambda w: _natural(w.worker_id)),
         Column("state", _worker_state, lambda w: w.state.value),
         Column(

@@ -80,7 +80,7 @@ function updateRow(row, worker) {
   setText(part(".role"), worker.role);
   setAttribute(part(".role"), "class", `role stage-${worker.role}`);
   setText(part(".id"), worker.worker_id);
-  setText(part(".where"), `${worker.node} · ${worker.device}`);
+  setText(part(".where"), `${worker.node} · ${worker.device} · ${worker.weights}`);
   setText(part(".badge"), worker.state);
   setAttribute(part(".badge"), "class", `badge is-${worker.state}`);
   setAttribute(part(".badge"), "title", STATES[worker.state]);
