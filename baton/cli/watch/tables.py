@@ -114,7 +114,6 @@ WORKERS: Table[WorkerStatus] = Table(
     "Fleet",
     (
         Column("role", _role, lambda w: w.role.value),
-        Column("weights", lambda w, _: Text(w.weights), lambda w: w.weights),
         Column("worker", lambda w, _: w.worker_id, lambda w: _natural(w.worker_id)),
         Column("state", _worker_state, lambda w: w.state.value),
         Column(
@@ -146,6 +145,7 @@ WORKERS: Table[WorkerStatus] = Table(
             "speed", _speed, lambda w: w.prefill_tokens_per_s or w.decode_step_s, is_number=True
         ),
         Column("member", lambda w, _: span(w.member_s), lambda w: w.member_s, is_number=True),
+        Column("weights", lambda w, _: Text(w.weights), lambda w: w.weights),
     ),
     _workers,
     lambda w: w.worker_id,
