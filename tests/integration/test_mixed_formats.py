@@ -17,7 +17,7 @@ from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
-from baton.engine.runner import TorchRunner
+from baton.engine.runner import ModelRunner
 from baton.errors import CapacityError, PreconditionError
 from baton.kv.spec import WeightFormat
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
@@ -72,6 +72,7 @@ class Formats:
             "block_size_tokens": BLOCK,
             "kv_pool_tokens": 2048,
             "threads": 1,
+            "kernels": "torch",
         }
         return EngineConfig(**(fields | changes))  # type: ignore[arg-type]  # field values by name
 
@@ -84,7 +85,7 @@ class Formats:
 
     def expected(self, prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
         """The rule, word by word: one runner of each format, one sequence, one token at a time, no cache."""
-        first, later = (TorchRunner(self.config(each)) for each in (self.prompts, self.answers))
+        first, later = (ModelRunner(self.config(each)) for each in (self.prompts, self.answers))
         table = list(range((len(prompt) + TOKENS) // BLOCK + 1))
         (chosen,) = first.run([BatchRow(prompt, 0, table, SampleInput(params, prompt, []))])
         assert chosen is not None
