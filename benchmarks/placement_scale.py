@@ -80,7 +80,7 @@ async def measure(
             seconds["place"].append(time.perf_counter() - hashed_s)
             seconds["hash"].append(hashed_s - began_s)
             assert isinstance(placement, Placement)
-            held.enter_context(fleet.hold(placement, PROMPT_TOKENS))
+            held.callback(fleet.hold(placement, PROMPT_TOKENS).release)
             if number % 500 == 0:
                 held.close()
     await fleet.close()

@@ -76,7 +76,6 @@ class Answer:
     ) -> None:
         """`deadline_s` is on the monotonic clock; to keep it is the caller's part. `hashes` are the prompt's; `span` is the request's."""
         self._request = request
-        self._hashes = hashes
         self._fleet = fleet
         self._held = resumption.held
         self.outputs: list[Output] = []
@@ -107,7 +106,7 @@ class Answer:
                 metrics=metrics,
                 meter=meter,
                 deadline_s=deadline_s,
-                hashes=hashes.fork(),
+                hashes=hashes if choice == 0 else hashes.fork(),
                 choice=choice,
                 held=resumption.held.get(choice),
                 complete=resumption.complete,
@@ -130,6 +129,8 @@ class Answer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Outputs]:
         """Generates inside the context, which is left normally once all outputs were taken. Raises what a generation fails with."""
+        if 0 not in self._held:
+            self.generations[0].begin()
         drivers = [
             asyncio.create_task(self._drive(choice), name=f"{self._request.request_id}/{choice}")
             for choice in range(len(self.generations))
@@ -144,6 +145,8 @@ class Answer:
         finally:
             for driver in drivers:
                 driver.cancel()
+            # Where its task was cancelled before it ran.
+            self.generations[0].let_go()
             # Their errors are raised above, or something else ended the request first.
             await asyncio.gather(*drivers, return_exceptions=True)
 
@@ -151,7 +154,7 @@ class Answer:
         generation, output = self.generations[choice], self.outputs[choice]
         try:
             if choice and choice not in self._held:
-                await self._prompt_cached()
+                await self._prompt_cached(generation)
             reason = await generation.run()
             output.finish()
         except BaseException:
@@ -162,9 +165,9 @@ class Answer:
             output.close()
         return reason
 
-    async def _prompt_cached(self) -> None:
+    async def _prompt_cached(self, waiting: Generation) -> None:
         first = self.generations[0]
         await first.prompt_cached.wait()
         if first.decode_worker:
             # Its next heartbeat will say so too, but the other completions are placed now.
-            self._fleet.note_cached(first.decode_worker, self._hashes)
+            self._fleet.note_cached(first.decode_worker, waiting.hashes)

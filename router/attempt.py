@@ -113,7 +113,7 @@ class Attempt:
         """
         self._key = key
         self._sequence = sequence
-        self._pair = pair
+        self.pair = pair
         self._sink = sink
         self._timeline = timeline
         self._deadline_s = deadline_s
@@ -160,10 +160,10 @@ class Attempt:
         with ExitStack() as watches:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                watches.enter_context(self._pair.decode.watch(self._on_decode_lost))
-                watches.enter_context(self._pair.decode.on_draining(self._on_decode_drains))
-                if self._pair.prefill is not None:
-                    watches.enter_context(self._pair.prefill.watch(self._on_prefill_lost))
+                watches.enter_context(self.pair.decode.watch(self._on_decode_lost))
+                watches.enter_context(self.pair.decode.on_draining(self._on_decode_drains))
+                if self.pair.prefill is not None:
+                    watches.enter_context(self.pair.prefill.watch(self._on_prefill_lost))
                 self._spawn(self._run_decode())
                 try:
                     await self._over.wait()
@@ -172,7 +172,7 @@ class Attempt:
                     for task in self._tasks:
                         task.cancel()
                     if self.left is None and not self._decode_has_ended:
-                        self._pair.decode.release_decode(self._key, self._terms.holder)
+                        self.pair.decode.release_decode(self._key, self._terms.holder)
                     self._let_go_of_source()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -190,7 +190,7 @@ class Attempt:
     # Decode's side.
 
     async def _run_decode(self) -> None:
-        member, source = self._pair.decode, self._pair.prefill
+        member, source = self.pair.decode, self.pair.prefill
         broken = await consume(self._call_decode, self._on_decode)
         self._decode_has_ended = broken.from_worker
         if self._decode_finish is not None:
@@ -208,7 +208,7 @@ class Attempt:
         self._end(failure)
 
     def _call_decode(self) -> Call:
-        member, source, terms = self._pair.decode, self._pair.prefill, self._terms
+        member, source, terms = self.pair.decode, self.pair.prefill, self._terms
         if self._attach:
             attach = decode_pb2.DecodeServiceAttachRequest(
                 key=codec.key_to_proto(self._key),
@@ -260,9 +260,9 @@ class Attempt:
         self._timeline.record(Event.RESERVED, time.monotonic())
         self._saw_cached(cached_tokens)
         self._enter(Stage.PREFILL)
-        if self._pair.prefill is not None:
+        if self.pair.prefill is not None:
             self._on_prefill_sent()
-            self._spawn(self._run_prefill(self._pair.prefill, cached_tokens))
+            self._spawn(self._run_prefill(self.pair.prefill, cached_tokens))
 
     def _on_kv_received(self, received: decode_pb2.DecodeResponse.KvReceived) -> None:
         self._timeline.record(Event.KV_RECEIVED, time.monotonic())
@@ -285,10 +285,10 @@ class Attempt:
     async def _leave(self) -> None:
         """Stops decode as soon as it generates and another could go on; nothing more once it takes requests again."""
         await self._has_kv.wait()
-        while self._leaves_at is None and self._pair.decode.draining:
+        while self._leaves_at is None and self.pair.decode.draining:
             if self._elsewhere():
                 try:
-                    self._leaves_at = await self._pair.decode.hand_over(
+                    self._leaves_at = await self.pair.decode.hand_over(
                         self._key, self._terms.holder
                     )
                     break
@@ -299,17 +299,17 @@ class Attempt:
 
     def _leave_if_complete(self) -> None:
         if self._leaves_at is not None and self._order.next_index >= self._leaves_at:
-            self.left = Moved(self._pair.decode, self._key)
+            self.left = Moved(self.pair.decode, self._key)
             self._end(None)
 
     def _on_decode_lost(self, error: UnavailableError) -> None:
-        self._end(Failure(error, self._pair.decode.worker_id))
+        self._end(Failure(error, self.pair.decode.worker_id))
 
     def _blame_for(self, broken: Broken) -> WorkerId:
         """Who failed where decode's call broke: of a handoff, decode only tells; its other side failed."""
         handing_off = self.stage in (Stage.PREFILL, Stage.HANDOFF)
         about_source = UnavailableError | PreconditionError | CorruptKVError | DeadlineError
-        source = self._pair.prefill or (self._moved.member if self._moved else None)
+        source = self.pair.prefill or (self._moved.member if self._moved else None)
         if (
             source is not None
             and handing_off
@@ -317,7 +317,7 @@ class Attempt:
             and isinstance(broken.error, about_source)
         ):
             return source.worker_id
-        return self._pair.decode.worker_id
+        return self.pair.decode.worker_id
 
     # Prefill's side.
 
@@ -378,9 +378,9 @@ class Attempt:
         self._deliver(chunk)
 
     def _on_prefill_lost(self, error: UnavailableError) -> None:
-        assert self._pair.prefill is not None
+        assert self.pair.prefill is not None
         if not self._over.is_set():
-            self._spawn(self._outlive_prefill(Failure(error, self._pair.prefill.worker_id)))
+            self._spawn(self._outlive_prefill(Failure(error, self.pair.prefill.worker_id)))
 
     async def _outlive_prefill(self, failure: Failure) -> None:
         """Prefill's call broke, or its worker was lost: whether that is a failure is for decode to tell, once there is a first token. (A
@@ -409,7 +409,7 @@ class Attempt:
     def _finish_if_complete(self) -> None:
         if self._decode_finish is None:
             return
-        if self._pair.prefill is not None and not self._has_first_token:
+        if self.pair.prefill is not None and not self._has_first_token:
             return
         if self._order.holds_any:
             raise InternalError("decode left out a token")

@@ -3,17 +3,13 @@ attempt has ended.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from baton.errors import BatonError, CancelledError, DrainingError
 from baton.lifecycle import Event, Timeline
 from baton.service.metrics import outcome_of
-from baton.service.tracing import Span
 from baton.types import WorkerId
 from router.attempt import Attempt
-from router.members import Pair
 from router.outcome import Failure
 
 PEACEFUL = (CancelledError, DrainingError)
@@ -22,51 +18,43 @@ PEACEFUL = (CancelledError, DrainingError)
 Facts = dict[str, Any]
 
 
-@contextmanager
-def attempt_traced(
-    span: Span,
-    timeline: Timeline,
+def end_attempt_span(
     attempt: Attempt,
-    pair: Pair,
+    timeline: Timeline,
     *,
     number: int,
     choice: int,
     resumed_tokens: int,
-) -> Iterator[None]:
-    """Traces an attempt that runs inside the context. It was placed just now."""
-    cancelled = True
-    try:
-        yield
-        cancelled = False
-    finally:
-        if span.recording:
-            failure = _given_up() if cancelled else attempt.failure
-            error = None if failure is None else failure.error
-            facts: Facts = {
-                "baton.attempt": number,
-                "baton.choice": choice,
-                "baton.decode.worker_id": pair.decode.worker_id,
-                "baton.resumed_tokens": resumed_tokens,
-                "baton.cached_tokens": attempt.stats.cached_tokens,
-                "baton.handoff.bytes": attempt.stats.handoff_bytes,
-                "baton.preemptions": attempt.stats.preemptions,
-            }
-            if pair.prefill is not None:
-                facts["baton.prefill.worker_id"] = pair.prefill.worker_id
-            if attempt.left is not None:
-                facts["baton.moved_on"] = True
-            if error is not None:
-                facts["error.type"] = outcome_of(error)
-            stages = (Event.RESERVED, Event.PREFILL_STARTED, Event.KV_RECEIVED)
-            placed_s = timeline.at_s(Event.PLACED) or 0.0
-            span.end(
-                "attempt",
-                timeline.received_s + placed_s,
-                time.monotonic(),
-                attributes=facts,
-                events=events_of(timeline, stages),
-                failure=failure_of(error),
-            )
+    cancelled: bool,
+) -> None:
+    """Precondition: the span records."""
+    failure = _given_up() if cancelled else attempt.failure
+    error = None if failure is None else failure.error
+    facts: Facts = {
+        "baton.attempt": number,
+        "baton.choice": choice,
+        "baton.decode.worker_id": attempt.pair.decode.worker_id,
+        "baton.resumed_tokens": resumed_tokens,
+        "baton.cached_tokens": attempt.stats.cached_tokens,
+        "baton.handoff.bytes": attempt.stats.handoff_bytes,
+        "baton.preemptions": attempt.stats.preemptions,
+    }
+    if attempt.pair.prefill is not None:
+        facts["baton.prefill.worker_id"] = attempt.pair.prefill.worker_id
+    if attempt.left is not None:
+        facts["baton.moved_on"] = True
+    if error is not None:
+        facts["error.type"] = outcome_of(error)
+    stages = (Event.RESERVED, Event.PREFILL_STARTED, Event.KV_RECEIVED)
+    placed_s = timeline.at_s(Event.PLACED) or 0.0
+    attempt.span.end(
+        "attempt",
+        timeline.received_s + placed_s,
+        time.monotonic(),
+        attributes=facts,
+        events=events_of(timeline, stages),
+        failure=failure_of(error),
+    )
 
 
 def _given_up() -> Failure:

@@ -9,8 +9,6 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
@@ -58,21 +56,40 @@ class MemberReport:
     suspect: bool
 
 
+@dataclass(frozen=True, slots=True)
 class Held:
-    """The workers of one attempt, and its load on them."""
+    """The workers of one attempt, and its load on them until `release`."""
 
-    def __init__(
-        self, pair: Pair, registry: Registry, decode: Claim, prefill: Claim | None
-    ) -> None:
-        self.pair = pair
-        self._registry = registry
-        self._prefill = prefill
-        registry.sent(decode, time.monotonic())
+    placement: Placement
+    pair: Pair
+    _registry: Registry
+    _decode: Claim
+    _prefill: Claim | None
+
+    def sent(self) -> None:
+        """Decode was called: later heartbeats include this attempt."""
+        self._registry.sent(self._decode, time.monotonic())
 
     def prefill_sent(self) -> None:
-        """Prefill was called: later heartbeats include this attempt."""
+        """Prefill was called."""
         assert self._prefill is not None
         self._registry.sent(self._prefill, time.monotonic())
+
+    def release(self) -> None:
+        """Takes the load off. Idempotent."""
+        self._registry.release(self._decode)
+        if self._prefill is not None:
+            self._registry.release(self._prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The last decision, and all that it follows from."""
+
+    hashes: SequenceHashes
+    asked: tuple[object, ...]
+    version: int
+    placement: Placement | NoWorker
 
 
 class Fleet:
@@ -90,6 +107,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self._turn = 0
+        self._placed: _Placed | None = None
 
     def join(self, info: WorkerInfo) -> Member:
         """Makes a worker a member, in place of an earlier one of the same id."""
@@ -174,7 +192,17 @@ class Fleet:
         moves: bool = False,
         resident: Resident | None = None,
     ) -> Placement | NoWorker:
-        """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments."""
+        """Chooses workers for a sequence; what the policy's `PlaceRequest` says of the arguments. Asked again before anything changed, it
+        tells what it told.
+        """
+        asked = (len(hashes), avoid, digest, weights, moves, resident)
+        last, version = self._placed, self.registry.version
+        if (
+            last is not None
+            and last.hashes is hashes
+            and (last.asked, last.version) == (asked, version)
+        ):
+            return last.placement
         self._turn += 1
         request = PlaceRequest(
             num_tokens=len(hashes),
@@ -188,12 +216,12 @@ class Fleet:
         began_s = time.perf_counter()
         placement = self._policy.place(self._view(hashes, resident), request)
         self._metrics.record_placement(time.perf_counter() - began_s)
+        self._placed = _Placed(hashes, asked, self.registry.version, placement)
         return placement
 
     def predicted_ttft_s(self, hashes: SequenceHashes, resident: Resident | None) -> float | None:
         """From now to the first token, were a sequence placed now; None where that is not known."""
-        request = PlaceRequest(num_tokens=len(hashes), turn=self._turn)
-        placement = self._policy.place(self._view(hashes, resident), request)
+        placement = self.place(hashes, resident=resident)
         return placement.predicted_ttft_s if isinstance(placement, Placement) else None
 
     def can_place(self) -> bool:
@@ -201,27 +229,22 @@ class Fleet:
         view = self.registry.view({}, time.monotonic())
         return isinstance(self._policy.place(view, PlaceRequest(num_tokens=1)), Placement)
 
-    @contextmanager
-    def hold(self, placement: Placement, num_tokens: int, *, moves: bool = False) -> Iterator[Held]:
-        """Puts an attempt's load on its workers for as long as the context lasts. Precondition: placed just now. One that `moves` has its
-        KV computed; decode takes it from another decode worker.
+    def hold(self, placement: Placement, num_tokens: int, *, moves: bool = False) -> Held:
+        """Puts an attempt's load on its workers. Precondition: placed just now. One that `moves` has its KV computed; decode takes it from
+        another decode worker.
         """
         decode, prefill = placement.decode, placement.prefill
         computes = prefill is None and not moves
         local_tokens = num_tokens - placement.skip_tokens if computes else 0
-        claims = [_claim(decode.info, local_tokens, num_tokens)]
         pair = Pair(None, self._members[decode.info.worker_id])
+        own, other = _claim(decode.info, local_tokens, num_tokens), None
+        self.registry.claim(own)
         if prefill is not None:
             tokens = num_tokens - placement.prefill_cached_tokens
-            claims.append(_claim(prefill.info, tokens, num_tokens))
+            other = _claim(prefill.info, tokens, num_tokens)
             pair = Pair(self._members[prefill.info.worker_id], pair.decode)
-        for claim in claims:
-            self.registry.claim(claim)
-        try:
-            yield Held(pair, self.registry, claims[0], claims[1] if prefill is not None else None)
-        finally:
-            for claim in claims:
-                self.registry.release(claim)
+            self.registry.claim(other)
+        return Held(placement, pair, self.registry, own, other)
 
     def note_cached(self, worker_id: WorkerId, hashes: SequenceHashes) -> None:
         """A worker was seen to hold a sequence's KV; its heartbeats go on from there."""

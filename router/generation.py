@@ -38,8 +38,8 @@ from baton.types import (
 )
 from router.attach import HeldAttempt
 from router.attempt import Attempt, Moved, Terms
-from router.attempt_span import attempt_traced
-from router.fleet import Fleet
+from router.attempt_span import end_attempt_span
+from router.fleet import Fleet, Held
 from router.members import Pair
 from router.outcome import AttemptStats, Failure, Stage
 from router.output import Output
@@ -109,7 +109,7 @@ class Generation:
         request's.
         """
         self._request = request
-        self._hashes = hashes
+        self.hashes = hashes
         self._sampling = replace(request.sampling, choice=choice) if choice else request.sampling
         self._held = held
         self._complete = complete
@@ -141,6 +141,8 @@ class Generation:
         self._avoid: set[WorkerId] = set()
         self._moved: Moved | None = None
         """What a draining worker holds for the next attempt."""
+        self._workers: Held | None = None
+        """Of the next attempt, where they are known."""
         self._fruitless = 0
         """Failed attempts since the last new token."""
         self._lost: str | None = None
@@ -154,8 +156,8 @@ class Generation:
         """Of the current attempt, or the last one."""
         self.reports: list[Report] = []
         """Of the attempts that have ended."""
-        self._current: tuple[Attempt, Report] | None = None
-        """The attempt that runs, and what was known of it when it began."""
+        self._current: tuple[Attempt, int] | None = None
+        """The attempt that runs, and how many tokens the output had when it began."""
 
     @property
     def stage(self) -> str:
@@ -167,8 +169,22 @@ class Generation:
         """All attempts; the last one may run."""
         if self._current is None:
             return self.reports
-        attempt, begun = self._current
-        return [*self.reports, replace(begun, stages=tuple(attempt.history))]
+        return [*self.reports, _report(*self._current)]
+
+    def begin(self) -> None:
+        """Takes workers for the first attempt where there are some, so that whoever is placed next finds their load. `run`, or `let_go`
+        where that never ran, gives them back.
+        """
+        self._timeline.record(Event.PLACING, time.monotonic())
+        placed = self._choose(moves=False)
+        if not isinstance(placed, NoWorker):
+            self._workers = self._hold(placed)
+
+    def let_go(self) -> None:
+        """Takes its load off workers that it has not called. Idempotent."""
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.release()
 
     async def run(self) -> FinishReason:
         """Returns once the output is complete. Raises what the request fails with. Cancelling it is legal at any instant."""
@@ -207,19 +223,23 @@ class Generation:
         held, self._held = self._held, None
         if held is not None:
             return await self._attach(held)
-        placement = await self._place()
-        moved, self._moved = self._moved, None
-        return await self._attempt(placement, moved)
+        workers, self._workers = self._workers, None
+        if workers is None:
+            workers = self._hold(await self._place())
+        try:
+            return await self._attempt(workers)
+        finally:
+            workers.release()
 
     def _elsewhere(self) -> bool:
         """Whether a decode worker could go on with this request now."""
         return not isinstance(self._choose(moves=True), NoWorker)
 
     def _choose(self, *, moves: bool) -> Placement | NoWorker:
-        hashed = len(self._hashes) - len(self._request.prompt)
-        self._hashes.extend(self._output.generated[hashed:])
+        hashed = len(self.hashes) - len(self._request.prompt)
+        self.hashes.extend(self._output.generated[hashed:])
         return self._fleet.place(
-            self._hashes,
+            self.hashes,
             avoid=frozenset(self._avoid),
             digest=None if self._made_by is None else self._made_by.spec.digest,
             weights=None if self._made_by is None else self._made_by.weight_format,
@@ -227,6 +247,13 @@ class Generation:
             # Once an attempt has failed, only what workers say counts.
             resident=None if self.reports else self._request.resident,
         )
+
+    def _hold(self, placement: Placement) -> Held:
+        num_tokens = len(self._request.prompt) + len(self._output.generated)
+        if self._moved is None:
+            return self._fleet.hold(placement, num_tokens)
+        # The KV of the last token is computed by whoever generates the next one.
+        return self._fleet.hold(replace(placement, prefill=None), num_tokens - 1, moves=True)
 
     async def _place(self) -> Placement:
         """Waits, within limits, for workers that can take the request."""
@@ -245,11 +272,10 @@ class Generation:
         generated = held.sequence.generated
         if generated:
             self._output.put(TokenChunk(0, generated))
-        pair = Pair(None, held.member)
         attempt = Attempt(
             held.key,
             held.sequence,
-            pair,
+            Pair(None, held.member),
             sink=self._output.put,
             timeline=self._timeline,
             deadline_s=self._deadline_s,
@@ -259,64 +285,54 @@ class Generation:
             elsewhere=self._elsewhere,
             span=self._span.child(),
         )
-        await self._run(attempt, pair, len(generated))
-        return self._outcome(attempt, pair)
+        await self._run(attempt, len(generated))
+        return self._outcome(attempt)
 
-    async def _attempt(
-        self, placement: Placement, moved: Moved | None
-    ) -> tuple[Failure | None, FinishReason | None]:
+    async def _attempt(self, workers: Held) -> tuple[Failure | None, FinishReason | None]:
+        moved, self._moved = self._moved, None
         generated = tuple(self._output.generated)
-        known = generated
-        if moved is not None:
-            # The KV of the last token is computed by whoever generates the next one.
-            placement, known = replace(placement, prefill=None), generated[:-1]
+        known = generated if moved is None else generated[:-1]
         request = self._request
-        sequence = Sequence(request.prompt, known, self._sampling, request.cache_salt)
-        with self._fleet.hold(placement, len(sequence), moves=moved is not None) as held:
-            attempt = Attempt(
-                AttemptKey(self._name, len(self.reports)),
-                sequence,
-                held.pair,
-                sink=self._output.put if self._lost is None else self._recovered,
-                timeline=self._timeline,
-                deadline_s=self._deadline_s,
-                terms=self._terms,
-                on_prefill_sent=held.prefill_sent,
-                on_kv_received=self._on_kv_received,
-                moved=moved,
-                elsewhere=self._elsewhere,
-                span=self._span.child(),
-            )
-            await self._run(attempt, held.pair, len(generated))
-        if not generated and attempt.failure is None:
-            self._compare(placement.predicted_ttft_s)
-        return self._outcome(attempt, held.pair)
-
-    async def _run(self, attempt: Attempt, pair: Pair, resumed_tokens: int) -> None:
-        begun = Report(
-            prefill_worker="" if pair.prefill is None else pair.prefill.worker_id,
-            decode_worker=pair.decode.worker_id,
-            failure="",
-            resumed_tokens=resumed_tokens,
-            stages=(),
-            ended_at_s=None,
-            stats=attempt.stats,
+        attempt = Attempt(
+            AttemptKey(self._name, len(self.reports)),
+            Sequence(request.prompt, known, self._sampling, request.cache_salt),
+            workers.pair,
+            sink=self._output.put if self._lost is None else self._recovered,
+            timeline=self._timeline,
+            deadline_s=self._deadline_s,
+            terms=self._terms,
+            on_prefill_sent=workers.prefill_sent,
+            on_kv_received=self._on_kv_received,
+            moved=moved,
+            elsewhere=self._elsewhere,
+            span=self._span.child(),
         )
-        self._current = (attempt, begun)
-        self.decode_worker = pair.decode.worker_id
+        workers.sent()
+        await self._run(attempt, len(generated))
+        if not generated and attempt.failure is None:
+            self._compare(workers.placement.predicted_ttft_s)
+        return self._outcome(attempt)
+
+    async def _run(self, attempt: Attempt, resumed_tokens: int) -> None:
+        self._current = (attempt, resumed_tokens)
+        self.decode_worker = attempt.pair.decode.worker_id
         self._timeline.record(Event.PLACED, time.monotonic())
         self._stage = lambda: attempt.stage.value
         self.stats = attempt.stats
-        with attempt_traced(
-            attempt.span,
-            self._timeline,
-            attempt,
-            pair,
-            number=len(self.reports),
-            choice=self._sampling.choice,
-            resumed_tokens=resumed_tokens,
-        ):
+        cancelled = True
+        try:
             await attempt.run()
+            cancelled = False
+        finally:
+            if attempt.span.recording:
+                end_attempt_span(
+                    attempt,
+                    self._timeline,
+                    number=len(self.reports),
+                    choice=self._sampling.choice,
+                    resumed_tokens=resumed_tokens,
+                    cancelled=cancelled,
+                )
 
     def _on_kv_received(self) -> None:
         self.prompt_cached.set()
@@ -328,9 +344,9 @@ class Generation:
         if predicted_ttft_s is not None and ttft_s is not None:
             self._metrics.record_ttft_error(ttft_s - predicted_ttft_s)
 
-    def _outcome(self, attempt: Attempt, pair: Pair) -> tuple[Failure | None, FinishReason | None]:
+    def _outcome(self, attempt: Attempt) -> tuple[Failure | None, FinishReason | None]:
         assert self._current is not None
-        begun = self._current[1]
+        resumed_tokens, decode = self._current[1], attempt.pair.decode
         reason = self._output.end or attempt.finish_reason
         # An output that has its last token is complete, even if its worker died before saying so.
         failure = None if reason is not None else attempt.failure
@@ -339,24 +355,18 @@ class Generation:
         if reason is None and attempt.left is not None:
             self._moved = attempt.left
             why = DrainingError("decode drains; its KV moves on")
-            failure = Failure(why, pair.decode.worker_id)
+            failure = Failure(why, decode.worker_id)
         if failure is not None and self._lost is None:
             self._lost = "failure" if self._moved is None else "drain"
             self._timeline.record(Event.LOST, time.monotonic())
         error: BatonError | None = None if failure is None else failure.error
-        report = replace(
-            begun,
-            failure="" if error is None else f"{error.reason}: {error.message}",
-            stages=tuple(attempt.history),
-            ended_at_s=time.monotonic(),
-        )
         self._current = None
-        self._record(report, error, attempt)
-        if len(self._output.generated) > begun.resumed_tokens:
+        self._record(_report(attempt, resumed_tokens, error, time.monotonic()), error, attempt)
+        if len(self._output.generated) > resumed_tokens:
             self._avoid.clear()
             self._fruitless = 0
         if self._output.generated:
-            self._made_by = pair.decode.info
+            self._made_by = decode.info
         return failure, reason
 
     async def _recover(self, failure: Failure) -> None:
@@ -394,3 +404,21 @@ class Generation:
         stats = attempt.stats
         if stats.handoff_bytes:
             self._metrics.record_handoff(stats.handoff_s, stats.handoff_bytes)
+
+
+def _report(
+    attempt: Attempt,
+    resumed_tokens: int,
+    error: BatonError | None = None,
+    ended_at_s: float | None = None,
+) -> Report:
+    prefill = attempt.pair.prefill
+    return Report(
+        prefill_worker="" if prefill is None else prefill.worker_id,
+        decode_worker=attempt.pair.decode.worker_id,
+        failure="" if error is None else f"{error.reason}: {error.message}",
+        resumed_tokens=resumed_tokens,
+        stages=tuple(attempt.history),
+        ended_at_s=ended_at_s,
+        stats=attempt.stats,
+    )

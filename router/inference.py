@@ -323,7 +323,6 @@ class Inference:
         if account.turn is not None:
             account.turn.outlives = True
         account.timeline.record(Event.ADMITTED, time.monotonic())
-        await stream.write(_accepted(valid, facts))
         answer = account.answer = Answer(
             valid,
             facts,
@@ -339,6 +338,7 @@ class Inference:
             span=account.span,
         )
         async with answer.running() as outputs:
+            await stream.write(_accepted(valid, facts))
             rest_s = 0.0
             while (piece := await outputs.take(rest_s)) is not None:
                 await stream.write(_chunk(piece))

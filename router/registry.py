@@ -90,6 +90,8 @@ class Registry:
         self._typical_tokens_per_s: dict[Role, float] = dict.fromkeys(Role, 0.0)
         self._typical_step_s = 0.0
         self._sessions = 0
+        self.version = 0
+        """While it stays the same, so does every view, but for its clock."""
 
     def join(self, info: WorkerInfo, now_s: float) -> int:
         """Makes a worker a member, in place of an earlier session of the same id; returns the session. Until its first heartbeat it
@@ -105,7 +107,7 @@ class Registry:
         )
         size = info.block_size_tokens
         self._prefixes.setdefault(size, PrefixIndex(size)).add(info.worker_id)
-        self._stale[info.worker_id] = None
+        self._touch(info.worker_id)
         self._heard[info.worker_id] = None
         return self._sessions
 
@@ -136,7 +138,7 @@ class Registry:
         worker.heard_at_s = now_s
         self._heard.move_to_end(worker_id)
         self._silent.discard(worker_id)
-        self._stale[worker_id] = None
+        self._touch(worker_id)
         return True
 
     def change_role(self, worker_id: WorkerId, session: int, role: Role) -> bool:
@@ -147,7 +149,7 @@ class Registry:
         self._views[worker.info.role].pop(worker_id, None)
         worker.info = replace(worker.info, role=role)
         worker.longest_tokens = longest_tokens(worker.info)
-        self._stale[worker_id] = None
+        self._touch(worker_id)
         return True
 
     def leave(self, worker_id: WorkerId, session: int) -> bool:
@@ -158,6 +160,7 @@ class Registry:
         del self._workers[worker_id]
         self._views[worker.info.role].pop(worker_id, None)
         self._stale.pop(worker_id, None)
+        self.version += 1
         self._suspects.discard(worker_id)
         self._silent.discard(worker_id)
         del self._heard[worker_id]
@@ -173,7 +176,7 @@ class Registry:
         if worker is not None:
             worker.failed_at_s = now_s
             self._suspects.add(worker_id)
-            self._stale[worker_id] = None
+            self._touch(worker_id)
 
     def note_cached(
         self, worker_id: WorkerId, block_size_tokens: int, hashes: Sequence[BlockHash]
@@ -182,20 +185,21 @@ class Registry:
         worker = self._workers.get(worker_id)
         if worker is not None and worker.info.block_size_tokens == block_size_tokens:
             self._prefixes[block_size_tokens].update(worker_id, PrefixDelta(stored=tuple(hashes)))
+            self.version += 1
 
     def claim(self, claim: Claim) -> None:
         """Puts load on a worker. No effect where it is not a member."""
         worker = self._workers.get(claim.worker_id)
         if worker is not None:
             worker.hidden[claim] = None
-            self._stale[claim.worker_id] = None
+            self._touch(claim.worker_id)
 
     def release(self, claim: Claim) -> None:
         """Takes a claim's load off. Idempotent."""
         worker = self._workers.get(claim.worker_id)
         if worker is not None:
             worker.hidden.pop(claim, None)
-            self._stale[claim.worker_id] = None
+            self._touch(claim.worker_id)
 
     def sent(self, claim: Claim, now_s: float) -> None:
         """The worker was called: later heartbeats include the claim."""
@@ -249,7 +253,7 @@ class Registry:
                 break
             if worker_id not in self._silent:
                 self._silent.add(worker_id)
-                self._stale[worker_id] = None
+                self._touch(worker_id)
         for worker_id in self._stale:
             worker = self._workers[worker_id]
             self._views[worker.info.role][worker_id] = self._view(worker, now_s)
@@ -287,6 +291,11 @@ class Registry:
         worker = self._workers.get(worker_id)
         return worker if worker is not None and worker.session == session else None
 
+    def _touch(self, worker_id: WorkerId) -> None:
+        """The worker's view is not what it is now."""
+        self._stale[worker_id] = None
+        self.version += 1
+
     def _is_silent(self, worker: _Worker) -> bool:
         latest = self._workers[next(reversed(self._heard))]
         return latest.heard_at_s - worker.heard_at_s >= self._silence_s
@@ -315,7 +324,7 @@ class Registry:
     def _trust(self, worker: _Worker) -> None:
         worker.failed_at_s = None
         self._suspects.discard(worker.info.worker_id)
-        self._stale[worker.info.worker_id] = None
+        self._touch(worker.info.worker_id)
 
     def _learn_speed(self, role: Role, load: WorkerLoad) -> None:
         typical = self._typical_tokens_per_s
