@@ -208,11 +208,17 @@ def chunk_of_tokens(tokens: Seq[Token]) -> TokenChunk:
 
 
 def chunk_to_proto(chunk: TokenChunk) -> pb.TokenChunk:
-    return pb.TokenChunk(
-        first_index=chunk.first_index,
-        token_ids=chunk.token_ids,
-        logprobs=[logprobs_to_proto(p) for p in chunk.logprobs],
-    )
+    message = pb.TokenChunk()
+    fill_chunk(message, chunk)
+    return message
+
+
+def fill_chunk(message: pb.TokenChunk, chunk: TokenChunk) -> None:
+    """What `chunk_to_proto` gives, in a message that is part of another one. Precondition: it is empty."""
+    message.first_index = chunk.first_index
+    message.token_ids.extend(chunk.token_ids)
+    if chunk.logprobs:
+        message.logprobs.extend(logprobs_to_proto(p) for p in chunk.logprobs)
 
 
 def chunk_from_proto(message: pb.TokenChunk) -> TokenChunk:

@@ -35,7 +35,7 @@ from typing import Any
 
 import baton
 from benchmarks.report import write_report
-from benchmarks.router_cost import Measured, quantile, running_router
+from benchmarks.router_load import Measured, quantile, running_router
 
 TALES = Path(baton.__file__).parent / "models" / "tales"
 MODEL = "tales"

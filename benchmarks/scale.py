@@ -17,7 +17,7 @@ import grpc
 
 from baton.v1 import session_pb2, session_pb2_grpc
 from benchmarks.report import write_report
-from benchmarks.router_cost import (
+from benchmarks.router_load import (
     CHANNEL_OPTIONS,
     Measured,
     run_load,

@@ -147,8 +147,11 @@ class Answer:
                 driver.cancel()
             # Where its task was cancelled before it ran.
             self.generations[0].let_go()
-            # Their errors are raised above, or something else ended the request first.
-            await asyncio.gather(*drivers, return_exceptions=True)
+            if not all(driver.done() for driver in drivers):
+                await asyncio.wait(drivers)
+            for driver in drivers:
+                if not driver.cancelled():
+                    driver.exception()  # raised above, or something else ended the request first
 
     async def _drive(self, choice: int) -> FinishReason:
         generation, output = self.generations[choice], self.outputs[choice]

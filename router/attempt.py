@@ -22,8 +22,7 @@ Belongs to the request's task on the router's event loop. Children report throug
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from baton import codec
@@ -41,13 +40,13 @@ from baton.service.tracing import NO_SPAN, Span
 from baton.types import (
     AttemptKey,
     FinishReason,
-    RequestRecord,
     Sequence,
     TokenChunk,
     WorkerId,
 )
 from baton.v1 import decode_pb2, prefill_pb2
-from router.members import Member, Pair
+from router.attempt_calls import Moved, Terms, attach_request, decode_request, prefill_request
+from router.members import Member, Pair, Watch
 from router.ordering import TokenOrder
 from router.outcome import AttemptStats, Failure, Stage
 from router.streams import Broken, Call, consume
@@ -62,24 +61,6 @@ SOURCE_GRACE_S = 0.2
 """How long prefill may take to tell why decode cannot have its KV."""
 DEADLINE_SLACK_S = 0.25
 """A worker's DEADLINE_EXCEEDED this close to the deadline is the deadline; earlier, it is the worker's own limit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What decode is told beside the work, for the case that this router dies."""
-
-    record: RequestRecord
-    grace_s: float
-    holder: str
-    """Names this router's hold on the attempt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """Where an attempt's KV is, which another decode worker left off."""
-
-    member: Member
-    key: AttemptKey
 
 
 Sink = Callable[[TokenChunk], bool]
@@ -157,13 +138,15 @@ class Attempt:
 
     async def run(self) -> None:
         """Returns once the attempt succeeded or failed, with everything let go. Cancelling it is legal at any instant."""
-        with ExitStack() as watches:
+        decode, prefill = self.pair.decode, self.pair.prefill
+        of_decode = Watch(self._on_decode_lost, self._on_decode_drains)
+        of_prefill = Watch(self._on_prefill_lost)
+        try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                watches.enter_context(self.pair.decode.watch(self._on_decode_lost))
-                watches.enter_context(self.pair.decode.on_draining(self._on_decode_drains))
-                if self.pair.prefill is not None:
-                    watches.enter_context(self.pair.prefill.watch(self._on_prefill_lost))
+                decode.watch(of_decode)
+                if prefill is not None:
+                    prefill.watch(of_prefill)
                 self._spawn(self._run_decode())
                 try:
                     await self._over.wait()
@@ -174,6 +157,10 @@ class Attempt:
                     if self.left is None and not self._decode_has_ended:
                         self.pair.decode.release_decode(self._key, self._terms.holder)
                     self._let_go_of_source()
+        finally:
+            decode.unwatch(of_decode)
+            if prefill is not None:
+                prefill.unwatch(of_prefill)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(self._group.create_task(work))
@@ -210,27 +197,11 @@ class Attempt:
     def _call_decode(self) -> Call:
         member, source, terms = self.pair.decode, self.pair.prefill, self._terms
         if self._attach:
-            attach = decode_pb2.DecodeServiceAttachRequest(
-                key=codec.key_to_proto(self._key),
-                next_index=self._order.next_index,
-                holder=terms.holder,
-            )
+            attach = attach_request(self._key, self._order.next_index, terms)
             return member.call_attach(attach, self._remaining_s())
-        request = decode_pb2.DecodeRequest(
-            key=codec.key_to_proto(self._key),
-            sequence=codec.sequence_to_proto(self._sequence),
-            kv_digest=member.info.spec.digest,
-            record=codec.record_to_proto(terms.record),
-            grace_seconds=terms.grace_s,
-            holder=terms.holder,
+        request = decode_request(
+            self._key, self._sequence, terms, member, source=source, moved=self._moved
         )
-        if source is not None:
-            request.source.worker_id = source.worker_id
-            request.source.transfer_address = source.info.transfer_address
-        elif self._moved is not None:
-            request.source.worker_id = self._moved.member.worker_id
-            request.source.transfer_address = self._moved.member.info.transfer_address
-            request.source.key.CopyFrom(codec.key_to_proto(self._moved.key))
         return member.call_decode(request, self._remaining_s(), self.span.context)
 
     def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
@@ -325,12 +296,7 @@ class Attempt:
         sequence = self._sequence
         if self._computes_rest:
             sequence = replace(sequence, generated=())
-        request = prefill_pb2.PrefillRequest(
-            key=codec.key_to_proto(self._key),
-            sequence=codec.sequence_to_proto(sequence),
-            skip_tokens=skip_tokens,
-            kv_digest=member.info.spec.digest,
-        )
+        request = prefill_request(self._key, sequence, member, skip_tokens)
         broken = await consume(
             lambda: member.call_prefill(request, self._remaining_s(), self.span.context),
             self._on_prefill,
@@ -403,8 +369,10 @@ class Attempt:
             if self._sink(due):
                 self._end(None)
                 return
-        self._finish_if_complete()
-        self._leave_if_complete()
+        if self._decode_finish is not None:
+            self._finish_if_complete()
+        if self._leaves_at is not None:
+            self._leave_if_complete()
 
     def _finish_if_complete(self) -> None:
         if self._decode_finish is None:

@@ -37,7 +37,8 @@ from baton.types import (
     WorkerInfo,
 )
 from router.attach import HeldAttempt
-from router.attempt import Attempt, Moved, Terms
+from router.attempt import Attempt
+from router.attempt_calls import Moved, Terms
 from router.attempt_span import end_attempt_span
 from router.fleet import Fleet, Held
 from router.members import Pair

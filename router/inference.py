@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn, Protocol
@@ -40,6 +40,7 @@ from router.chat import ChatTurn
 from router.fleet import Fleet
 from router.model import ServedModel
 from router.output import Piece
+from router.replies import accepted, chunk, finished
 from router.request_span import request_traced
 from router.requests import RequestTable
 from router.resume import repeat, resume
@@ -59,6 +60,7 @@ INLINE_BYTES = 8192
 
 
 UNTOLD = Origin()
+NO_TURN: AbstractAsyncContextManager[Turn | None] = nullcontext()
 
 
 class AnswerStream(Protocol):
@@ -113,41 +115,42 @@ class Inference:
         account = Account(Timeline(received_s=now_s), tenant=caller.tenant, targets=self._targets)
         if request.WhichOneof("prompt") == "chat":
             account.operation = "chat"
-        session = self._sessions.turn(
-            caller.tenant, request.session_id, model=self._model.name, mark=mark_of(request)
-        )
-        async with (
+        turn = NO_TURN
+        if request.session_id:
+            turn = self._sessions.turn(
+                caller.tenant, request.session_id, model=self._model.name, mark=mark_of(request)
+            )
+        with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),
             account.counted(self._metrics),
-            session as account.turn,
-            account.bounded(deadline_s),
         ):
-            facts = await self._facts()
-            account.model = facts.model
-            resumption = NOTHING
-            if account.turn is not None and account.turn.is_past:
-                request, resumption = repeat(request, account.turn)
-            valid = account.request = await self._parse(request, facts, caller, account.turn)
-            bind(request=valid.request_id)
-            account.stage = "admission"
-            if time.monotonic() >= deadline_s:
-                # Not for admission to refuse: no later try with this deadline can succeed.
-                raise DeadlineError(account.stage)
-            hashes = SequenceHashes(valid.prompt, valid.cache_salt)
-            demand = self._demand(valid, account.timeline, deadline_s)
-            if resumption.complete is not None:
-                demand = Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=0)
-            entry = self._table.enter(
-                valid.request_id,
-                demand,
-                predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
-                completion_tokens=lambda: account.completion_tokens,
-            )
-            async with entry:
-                await self._answer(
-                    facts, account, stream, hashes, deadline_s=deadline_s, resumption=resumption
+            async with turn as account.turn, account.bounded(deadline_s):
+                facts = await self._facts()
+                account.model = facts.model
+                resumption = NOTHING
+                if account.turn is not None and account.turn.is_past:
+                    request, resumption = repeat(request, account.turn)
+                valid = account.request = await self._parse(request, facts, caller, account.turn)
+                bind(request=valid.request_id)
+                account.stage = "admission"
+                if time.monotonic() >= deadline_s:
+                    # Not for admission to refuse: no later try with this deadline can succeed.
+                    raise DeadlineError(account.stage)
+                hashes = SequenceHashes(valid.prompt, valid.cache_salt)
+                demand = self._demand(valid, account.timeline, deadline_s)
+                if resumption.complete is not None:
+                    demand = Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=0)
+                entry = self._table.enter(
+                    valid.request_id,
+                    demand,
+                    predicted_ttft_s=lambda: self._fleet.predicted_ttft_s(hashes, valid.resident),
+                    completion_tokens=lambda: account.completion_tokens,
                 )
+                async with entry:
+                    await self._answer(
+                        facts, account, stream, hashes, deadline_s=deadline_s, resumption=resumption
+                    )
 
     async def attach(
         self,
@@ -163,36 +166,40 @@ class Inference:
         deadline_s = now_s + self._timeout_s(timeout_s)
         tenant = caller.tenant
         account = Account(Timeline(received_s=now_s), tenant=tenant)
-        async with (
+        with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),
             account.counted(self._metrics),
-            account.bounded(deadline_s),
         ):
-            facts = await self._facts()
-            account.model = facts.model
-            account.stage = "attach"
-            valid, resumption = resume(request, await self._find(request.request_id, tenant))
-            account.request = valid
-            bind(request=valid.request_id)
-            deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-            self._table.replace(valid.request_id, tenant)
-            # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
-            entry = self._table.enter(
-                valid.request_id,
-                Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
-                predicted_ttft_s=lambda: None,
-                completion_tokens=lambda: account.completion_tokens,
-            )
-            async with self._session_of(valid) as account.turn, account.bounded(deadline_s), entry:
-                await self._answer(
-                    facts,
-                    account,
-                    stream,
-                    SequenceHashes(valid.prompt, valid.cache_salt),
-                    deadline_s=deadline_s,
-                    resumption=resumption,
+            async with account.bounded(deadline_s):
+                facts = await self._facts()
+                account.model = facts.model
+                account.stage = "attach"
+                valid, resumption = resume(request, await self._find(request.request_id, tenant))
+                account.request = valid
+                bind(request=valid.request_id)
+                deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
+                self._table.replace(valid.request_id, tenant)
+                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
+                entry = self._table.enter(
+                    valid.request_id,
+                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
+                    predicted_ttft_s=lambda: None,
+                    completion_tokens=lambda: account.completion_tokens,
                 )
+                async with (
+                    self._session_of(valid) as account.turn,
+                    account.bounded(deadline_s),
+                    entry,
+                ):
+                    await self._answer(
+                        facts,
+                        account,
+                        stream,
+                        SequenceHashes(valid.prompt, valid.cache_salt),
+                        deadline_s=deadline_s,
+                        resumption=resumption,
+                    )
 
     def cancel(self, request_id: str, caller: Caller) -> None:
         """Ends a running request of the caller's tenant. Raises `NotFoundError`."""
@@ -207,7 +214,7 @@ class Inference:
         account = Account(
             Timeline(received_s=time.monotonic()), tenant=caller.tenant, refused_id=request_id
         )
-        async with (
+        with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),
             account.counted(self._metrics),
@@ -338,17 +345,17 @@ class Inference:
             span=account.span,
         )
         async with answer.running() as outputs:
-            await stream.write(_accepted(valid, facts))
+            await stream.write(accepted(valid, facts))
             rest_s = 0.0
             while (piece := await outputs.take(rest_s)) is not None:
-                await stream.write(_chunk(piece))
+                await stream.write(chunk(piece))
                 self._wrote(piece, account)
                 rest_s = self._rest_s()
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
             # Before the client is told: it may begin its next turn at once.
             await account.turn.finish(self._turn_result(facts, account))
-        await stream.write(account.finished())
+        await stream.write(finished(account))
 
     def _turn_result(self, facts: ModelFacts, account: Account) -> TurnResult:
         """Precondition: the output is complete."""
@@ -361,7 +368,7 @@ class Inference:
         return TurnResult(
             model=facts.model,
             prompt=valid.prompt,
-            output=TokenChunk(0, tuple(output.generated), tuple(output.logprobs)),
+            output=TokenChunk(0, tuple(output.generated), output.logprobs),
             reason=answer.reasons[0],
             seed=valid.sampling.seed,
             answer=output.said,
@@ -390,19 +397,3 @@ class Inference:
             account.meter.tokens(count, now_s, gap_s=age_s - last_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
-
-
-def _accepted(valid: ValidRequest, facts: ModelFacts) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        accepted=pb.Accepted(
-            request_id=valid.request_id,
-            model=facts.model,
-            prompt_tokens=len(valid.prompt),
-            seed=valid.sampling.seed,
-        )
-    )
-
-
-def _chunk(piece: Piece) -> pb.GenerateResponse:
-    tokens = None if piece.tokens is None else codec.chunk_to_proto(piece.tokens)
-    return pb.GenerateResponse(chunk=pb.Chunk(text=piece.text, tokens=tokens, choice=piece.choice))

@@ -6,8 +6,8 @@ is a new member with a new channel.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -46,7 +46,13 @@ CLOSE_GRACE_S = 1.0
 ROLE_SLACK_S = 5.0
 """What a change of role may take beyond its drain."""
 
-LostCallback = Callable[[UnavailableError], None]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watch:
+    """Whom a member tells. None of it may raise."""
+
+    on_lost: Callable[[UnavailableError], None]
+    on_draining: Callable[[], None] = lambda: None
 
 
 class Member:
@@ -64,12 +70,11 @@ class Member:
         self._channel = channel
         self.tunnel = Tunnel(channel)
         self._lost: UnavailableError | None = None
-        self._watchers: set[LostCallback] = set()
+        self._watches: set[Watch] = set()
         self._draining = False
         self.stalled = False
         """As the worker last told."""
         self.joined_at_s = time.monotonic()
-        self._leavers: set[Callable[[], None]] = set()
         self._releases = releases
         self._releasing: set[asyncio.Task[None]] = set()
         self.keeps_orphans = False
@@ -142,23 +147,12 @@ class Member:
         """Whether its requests are to go elsewhere."""
         return self._draining
 
-    @contextmanager
-    def on_draining(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Inside the context, `tell` is called when the worker begins to drain; at once if it does. It must not raise."""
-        if self._draining:
-            tell()
-        self._leavers.add(tell)
-        try:
-            yield
-        finally:
-            self._leavers.discard(tell)
-
     def set_draining(self, *, draining: bool) -> None:
         """As the worker last told."""
         began, self._draining = draining and not self._draining, draining
         if began:
-            for tell in tuple(self._leavers):
-                tell()
+            for watch in tuple(self._watches):
+                watch.on_draining()
 
     async def set_role(self, role: Role, drain_timeout_s: float) -> None:
         """Has the worker turn to a role; returns once it announced it. Raises `UnavailableError` where the member is lost."""
@@ -168,16 +162,17 @@ class Member:
         )
         await self._worker.SetRole(request, timeout=drain_timeout_s + ROLE_SLACK_S)
 
-    @contextmanager
-    def watch(self, on_lost: LostCallback) -> Iterator[None]:
-        """Inside the context, `on_lost` is called when the member is lost; at once if it already is. It must not raise."""
+    def watch(self, watch: "Watch") -> None:
+        """Until `unwatch`, tells when the member is lost, and when it begins to drain; at once where it is, or does."""
         if self._lost is not None:
-            on_lost(self._lost)
-        self._watchers.add(on_lost)
-        try:
-            yield
-        finally:
-            self._watchers.discard(on_lost)
+            watch.on_lost(self._lost)
+        if self._draining:
+            watch.on_draining()
+        self._watches.add(watch)
+
+    def unwatch(self, watch: "Watch") -> None:
+        """Idempotent."""
+        self._watches.discard(watch)
 
     def lose(self, why: str) -> None:
         """The worker is no member any more. Idempotent."""
@@ -185,8 +180,8 @@ class Member:
             return
         self._lost = UnavailableError(f"worker {self.worker_id} is gone: {why}")
         self._releases.disconnect()
-        for on_lost in tuple(self._watchers):
-            on_lost(self._lost)
+        for watch in tuple(self._watches):
+            watch.on_lost(self._lost)
 
     def release_prefill(self, key: AttemptKey) -> None:
         """Has a prefill worker let go of an attempt whose call broke, in the background."""

@@ -8,7 +8,7 @@ loop; an output has one producer at a time, all have one consumer.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from baton.types import FinishReason, PositionLogprobs, TokenChunk
 from router.text import OutputText
@@ -31,7 +31,12 @@ class Piece:
 
 
 class Output:
-    """One completion's."""
+    """One completion's.
+
+    [0, given)      tokens that the client has, or knew
+    [given, texted) whose text was made already: what it depends on had to be known, or somebody asked
+    [texted, end)   counted only; their text is made when they are taken
+    """
 
     def __init__(
         self,
@@ -51,19 +56,20 @@ class Output:
         self._max_unread_bytes = max_unread_bytes
         self._unread_bytes = 0
         self._choice = choice
-        self._known_tokens = known_tokens
+        self._given = known_tokens
         self._known_characters = known_characters
-        self._pieces: list[Piece] = []
+        self._texted = 0
+        self._fresh: deque[tuple[int, str]] = deque()
+        """Text to be given out, and how many tokens the output had with it."""
         self._said: list[str] = []
-        self._untold: list[TokenChunk] = []
-        """Tokens after those of the pieces."""
+        self._logprobs: list[PositionLogprobs | None] = []
+        """Of each token, where they were asked for."""
+        self._finished = False
         self._closed = False
         self._on_change: Callable[[], None] = lambda: None
         self._on_close: Callable[[], None] = lambda: None
         self.generated: list[int] = []
         """Every token of the output."""
-        self.logprobs: list[PositionLogprobs] = []
-        """Theirs, where they were asked for."""
         self.stop: str | None = None
         """The stop string that ended it."""
         self.stop_token_id: int | None = None
@@ -79,8 +85,13 @@ class Output:
     @property
     def said(self) -> str:
         """All of its text so far."""
-        self._tell()
+        self._make_text(len(self.generated))
         return "".join(self._said)
+
+    @property
+    def logprobs(self) -> tuple[PositionLogprobs, ...]:
+        """The tokens', where they were asked for."""
+        return tuple(each for each in self._logprobs if each is not None)
 
     @property
     def overflowed(self) -> bool:
@@ -91,33 +102,36 @@ class Output:
         """Takes the next tokens. True where no more are wanted: a stop string was met, which workers cannot see, a worker went on past
         the end, or the stream does not take what is there. Where a token ends the output, the worker knows, and its own word is waited for.
         """
-        room = self._max_tokens - len(self.generated)
-        ids = chunk.token_ids if len(chunk.token_ids) <= room else chunk.token_ids[:room]
-        immediate = self._text.needs_every_token
-        update = self._text.push(ids) if immediate else self._text.scan(ids)
-        taken = _until(chunk, update.consumed_tokens)
-        self.stop = self.stop or update.stop
-        if update.stop_token_id is not None:
-            self.stop_token_id = update.stop_token_id
-        if taken.token_ids:
-            self.generated.extend(taken.token_ids)
-            self.logprobs.extend(taken.logprobs)
-            if immediate:
-                self._add(update.text, taken)
-            else:
-                self._untold.append(taken)
-                self._unread_bytes += self._unknown_bytes(taken)
+        offered, before = chunk.token_ids, len(self.generated)
+        room = self._max_tokens - before
+        ids = offered if len(offered) <= room else offered[:room]
+        if self._text.needs_every_token:
+            update = self._text.push(ids)
+            count, text = update.consumed_tokens, update.text
+            self.stop = self.stop or update.stop
+        else:
+            count, text = self._text.scan(ids), ""
+        if self._text.stop_token_id is not None:
+            self.stop_token_id = self._text.stop_token_id
+        if count:
+            self.generated.extend(ids if count == len(ids) else ids[:count])
+            after = before + count
+            if self._text.needs_every_token:
+                self._texted = after
+                self._say(text)
+            if chunk.logprobs:
+                self._logprobs.extend([None] * (before - len(self._logprobs)))
+                self._logprobs.extend(chunk.logprobs[:count])
+            first = max(before, self._given)
+            if first < after:
+                self._unread_bytes += self._token_bytes(first, after)
             self._on_change()
-        cut = len(taken.token_ids) < len(chunk.token_ids)
-        return cut or self.stop is not None or self.overflowed
+        return count < len(offered) or self.stop is not None or self.overflowed
 
     def finish(self) -> None:
-        """The output is complete: gives out the text that was held back."""
-        self._tell()
-        rest = self._text.finish()
-        if rest:
-            self._add(rest, None)
-            self._on_change()
+        """The output is complete: the text that was held back is given out too."""
+        self._finished = True
+        self._on_change()
 
     def close(self) -> None:
         """Nothing more will come. Idempotent."""
@@ -137,42 +151,50 @@ class Output:
 
     def take(self) -> Piece | None:
         """Everything new, as far as it fits one message; None where nothing is."""
-        self._tell()
-        if not self._pieces:
-            return None
-        piece = self._pieces.pop(0)
-        while self._pieces and _length(piece) + _length(self._pieces[0]) <= MAX_PIECE_TOKENS:
-            piece = _joined(piece, self._pieces.pop(0))
+        given, last = self._given, len(self.generated)
+        end = min(last, given + MAX_PIECE_TOKENS)
+        self._make_text(end)
+        if self._finished and end == last:
+            self._finished = False
+            self._say(self._text.finish())
+        text = ""
+        while self._fresh and self._fresh[0][0] <= end:
+            text += self._fresh.popleft()[1]
+        if end <= given:
+            if not text:
+                return None
+            tokens = None
+        else:
+            logprobs = tuple(each for each in self._logprobs[given:end] if each is not None)
+            tokens = TokenChunk(given, tuple(self.generated[given:end]), logprobs)
+            self._given = end
         if not self.overflowed:
-            self._unread_bytes -= _bytes(piece)
-        return piece
+            self._unread_bytes -= len(text)
+            if tokens is not None:
+                self._unread_bytes -= self._token_bytes(given, end)
+        return Piece(text, tokens, self._choice)
 
-    def _tell(self) -> None:
-        """Makes pieces of the tokens whose text nothing depended on so far."""
-        untold, self._untold = self._untold, []
-        while untold:
-            chunk = untold.pop(0)
-            while untold and len(chunk.token_ids) + len(untold[0].token_ids) <= MAX_PIECE_TOKENS:
-                chunk = _joined_chunk(chunk, untold.pop(0))
-            self._unread_bytes -= self._unknown_bytes(chunk)
-            self._add(self._text.text_of(chunk.token_ids), chunk)
+    def _make_text(self, end: int) -> None:
+        """Of the first `end` tokens."""
+        if self._texted < end:
+            text = self._text.text_of(self.generated[self._texted : end])
+            self._texted = end
+            self._say(text)
 
-    def _add(self, text: str, tokens: TokenChunk | None) -> None:
+    def _say(self, text: str) -> None:
         self._said.append(text)
-        fresh = text[self._known_characters :]
-        self._known_characters -= len(text) - len(fresh)
-        if tokens is not None and tokens.first_index < self._known_tokens:
-            tokens = _after(tokens, self._known_tokens)
-        if fresh or tokens is not None:
-            piece = Piece(fresh, tokens, self._choice)
-            self._unread_bytes += _bytes(piece)
-            self._pieces.append(piece)
+        known = self._known_characters
+        if known:
+            self._known_characters = max(0, known - len(text))
+            text = text[known:]
+        if text:
+            self._fresh.append((self._texted, text))
+            self._unread_bytes += len(text)
 
-    def _unknown_bytes(self, tokens: TokenChunk) -> int:
-        """About what the client lacks of it."""
-        known = tokens.first_index < self._known_tokens
-        unknown = _after(tokens, self._known_tokens) if known else tokens
-        return 0 if unknown is None else _token_bytes(unknown)
+    def _token_bytes(self, first: int, end: int) -> int:
+        """About what tokens take on the wire."""
+        entries = sum(1 + len(each.top) for each in self._logprobs[first:end] if each is not None)
+        return TOKEN_BYTES * (end - first) + LOGPROB_BYTES * entries
 
 
 class Outputs:
@@ -220,45 +242,3 @@ class Outputs:
     def _rested(self) -> None:
         self._rest = None
         self._changed.set()
-
-
-def _until(chunk: TokenChunk, count: int) -> TokenChunk:
-    """The chunk's first tokens."""
-    if count == len(chunk.token_ids):
-        return chunk
-    return TokenChunk(chunk.first_index, chunk.token_ids[:count], chunk.logprobs[:count])
-
-
-def _after(chunk: TokenChunk, index: int) -> TokenChunk | None:
-    """The chunk's tokens from an output position on, where there are any."""
-    known = index - chunk.first_index
-    if known >= len(chunk.token_ids):
-        return None
-    return TokenChunk(index, chunk.token_ids[known:], chunk.logprobs[known:])
-
-
-def _length(piece: Piece) -> int:
-    return 0 if piece.tokens is None else len(piece.tokens.token_ids)
-
-
-def _bytes(piece: Piece) -> int:
-    """About what it takes on the wire; joining pieces does not change it."""
-    return len(piece.text) + (0 if piece.tokens is None else _token_bytes(piece.tokens))
-
-
-def _token_bytes(tokens: TokenChunk) -> int:
-    entries = sum(1 + len(position.top) for position in tokens.logprobs)
-    return TOKEN_BYTES * len(tokens.token_ids) + LOGPROB_BYTES * entries
-
-
-def _joined(first: Piece, second: Piece) -> Piece:
-    text = first.text + second.text
-    if first.tokens is None or second.tokens is None:
-        return replace(first, text=text, tokens=first.tokens or second.tokens)
-    return replace(first, text=text, tokens=_joined_chunk(first.tokens, second.tokens))
-
-
-def _joined_chunk(first: TokenChunk, second: TokenChunk) -> TokenChunk:
-    return TokenChunk(
-        first.first_index, first.token_ids + second.token_ids, first.logprobs + second.logprobs
-    )

@@ -3,8 +3,8 @@ the timeline, in the request's own task, when the request has ended.
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from baton.errors import BatonError
@@ -19,10 +19,10 @@ from router.attempt_span import events_of, failure_of
 Facts = dict[str, Any]
 
 
-@asynccontextmanager
-async def request_traced(
+@contextmanager
+def request_traced(
     tracing: Tracing, origin: Origin, account: Account, settings: RouterSettings
-) -> AsyncIterator[None]:
+) -> Iterator[None]:
     """Traces a request inside the context, which ends after `account.counted`."""
     span = account.span = tracing.begin(origin.trace)
     bind(trace_id=span.trace_id)

@@ -104,12 +104,13 @@ class RequestTable:
         running = self._requests[name] = _Running(task, completion_tokens)
         self._idle.clear()
         try:
-            async with self._turn(demand, predicted_ttft_s, completion_tokens):
-                self._metrics.running.inc()
-                try:
-                    yield
-                finally:
-                    self._metrics.running.dec()
+            ticket = await self._turn(demand, predicted_ttft_s)
+            self._metrics.running.inc()
+            try:
+                yield
+            finally:
+                self._metrics.running.dec()
+                self._leave(ticket, completion_tokens())
         except asyncio.CancelledError:
             if running.error is None:
                 raise
@@ -157,31 +158,30 @@ class RequestTable:
         for running in tuple(self._requests.values()):
             running.abort(error)
 
-    @asynccontextmanager
-    async def _turn(
-        self,
-        demand: Demand,
-        predicted_ttft_s: Callable[[], float | None],
-        completion_tokens: Callable[[], int],
-    ) -> AsyncIterator[None]:
+    async def _turn(self, demand: Demand, predicted_ttft_s: Callable[[], float | None]) -> Ticket:
+        """Returns when it is the request's turn: at once where there is a place, so that what was predicted is still true."""
         arrived_s = time.monotonic()
         verdict = self._admission.offer(demand, arrived_s, predicted_ttft_s())
         if isinstance(verdict, Reject):
             raise self._refused(verdict)
         ticket = verdict.ticket
+        if isinstance(verdict, Admit):
+            return ticket
         try:
-            if not isinstance(verdict, Admit):
-                if verdict.displaced is not None:
-                    self._tell(*verdict.displaced)
-                await self._wait(ticket)
-                waited_s = time.monotonic() - arrived_s
-                self._metrics.record_queue_wait(demand.priority, waited_s)
-                self._check_budget(demand, waited_s + (predicted_ttft_s() or 0.0))
-            yield
-        finally:
-            now_s = time.monotonic()
-            for admitted in self._admission.leave(ticket, now_s, completion_tokens()):
-                self._tell(admitted, None)
+            if verdict.displaced is not None:
+                self._tell(*verdict.displaced)
+            await self._wait(ticket)
+            waited_s = time.monotonic() - arrived_s
+            self._metrics.record_queue_wait(demand.priority, waited_s)
+            self._check_budget(demand, waited_s + (predicted_ttft_s() or 0.0))
+        except BaseException:
+            self._leave(ticket)
+            raise
+        return ticket
+
+    def _leave(self, ticket: Ticket, completion_tokens: int = 0) -> None:
+        for admitted in self._admission.leave(ticket, time.monotonic(), completion_tokens):
+            self._tell(admitted, None)
 
     async def _wait(self, ticket: Ticket) -> None:
         """Returns when it is the request's turn. Raises `CapacityError` where that does not come in time for a first token."""

@@ -167,8 +167,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._context = _context_of(tokenizer, prompt)
-        self._context_text = tokenizer.decode(self._context)
+        self._context_text: str | None
+        """Of the context, once it was needed."""
+        self._context, self._context_text = _context_of(tokenizer, prompt)
         self._pending: list[int] = []
         self._sent = 0
 
@@ -195,38 +196,40 @@ class Detokenizer:
     def flush(self) -> str:
         """What is still held, when the output has ended: replacement characters for a character that never came."""
         fresh = self._pending_text()[self._sent :] if self._pending else ""
-        self._context, self._context_text, self._pending, self._sent = [], "", [], 0
+        self._context, self._context_text, self._pending, self._sent = [], None, [], 0
         return fresh
 
     def _settle(self, text: str, count: int) -> int:
         """Makes the first `count` pending tokens the context; returns how much of `text`, the pending tokens' text, is theirs."""
         self._context, self._pending = self._pending[:count], self._pending[count:]
-        self._context_text = self._tokenizer.decode(self._context)
+        self._context_text = None
         return len(text) - (len(self._pending_text()) if self._pending else 0)
 
     def _pending_text(self) -> str:
         text = self._tokenizer.decode(self._context + self._pending)
         known = self._context_text
+        if known is None:
+            known = self._context_text = self._tokenizer.decode(self._context)
         # A character that breaks off at the context's end, as a prompt may, becomes the output's.
-        for before in (
-            known,
-            known[:-_MAX_INCOMPLETE] + known[-_MAX_INCOMPLETE:].rstrip(_REPLACEMENT),
-        ):
-            if text.startswith(before):
-                return text[len(before) :]
+        if text.startswith(known):
+            return text[len(known) :]
+        whole = known[:-_MAX_INCOMPLETE] + known[-_MAX_INCOMPLETE:].rstrip(_REPLACEMENT)
+        if text.startswith(whole):
+            return text[len(whole) :]
         # Bytes that are no UTF-8 make byte-fallback decoders doubt the bytes before them too; those stay given out.
         return self._tokenizer.decode(self._pending)
 
 
-def _context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The prompt's end: a few tokens, from where a character begins."""
+def _context_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], str]:
+    """The prompt's end, and its text: a few tokens, from where a character begins."""
     textual = [token_id for token_id in prompt[-64:] if tokenizer.has_text(token_id)]
     counts = range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_INCOMPLETE + 1)
-    best, fewest = textual[-_CONTEXT_TOKENS:], math.inf
+    best, fewest = (textual[-_CONTEXT_TOKENS:], ""), math.inf
     for count in counts:
-        broken = tokenizer.decode(textual[-count:]).count(_REPLACEMENT)
+        text = tokenizer.decode(textual[-count:])
+        broken = text.count(_REPLACEMENT)
         if broken < fewest:
-            best, fewest = textual[-count:], broken
+            best, fewest = (textual[-count:], text), broken
         if not broken:
             break
     return best
@@ -346,15 +349,21 @@ class OutputText:
         """
         return self._has_stops
 
-    def scan(self, token_ids: Sequence[int]) -> TextUpdate:
-        """What `push` returns, but for the text, which `text_of` gives later. Precondition: not `needs_every_token`."""
+    def scan(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens `push` would consume; their text is made by `text_of` later. Precondition: not `needs_every_token`."""
         if self._ending is not None:
-            return TextUpdate(text="", consumed_tokens=0)
-        for consumed, token_id in enumerate(token_ids, start=1):
-            if token_id in self._ends:
-                self._ending = TextUpdate(text="", consumed_tokens=consumed, stop_token_id=token_id)
-                return self._ending
-        return TextUpdate(text="", consumed_tokens=len(token_ids))
+            return 0
+        if self._ends.isdisjoint(token_ids):
+            return len(token_ids)
+        consumed = next(at for at, token_id in enumerate(token_ids, 1) if token_id in self._ends)
+        end = token_ids[consumed - 1]
+        self._ending = TextUpdate(text="", consumed_tokens=consumed, stop_token_id=end)
+        return consumed
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The token that ended the output."""
+        return None if self._ending is None else self._ending.stop_token_id
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text that is complete with these tokens, which were scanned and are the next ones."""

@@ -94,7 +94,8 @@ def parse_generate(
     violations += _id_violations(request.request_id)
     violations += _salt_violations(request.cache_salt)
     violations += _urgency_violations(request)
-    violations += _number_violations(request.sampling)
+    sampling = _with_defaults(request.sampling)
+    violations += _number_violations(sampling)
     violations += _bias_violations(request.sampling, model)
     violations += _stop_violations(request.sampling, model)
     if violations:
@@ -103,7 +104,7 @@ def parse_generate(
     return ValidRequest(
         request_id=RequestId(request.request_id or secrets.token_hex(16)),
         prompt=prompt,
-        sampling=_resolve(request.sampling, model.max_context_tokens - len(prompt)),
+        sampling=_resolve(sampling, model.max_context_tokens - len(prompt)),
         tenant=caller.tenant,
         cache_salt=caller.salted(request.cache_salt),
         priority=request.priority if highest is None else min(request.priority, highest),
@@ -188,20 +189,19 @@ def _urgency_violations(request: inference_pb2.GenerateRequest) -> Iterator[Fiel
 
 
 def _number_violations(sampling: common_pb2.SamplingParams) -> Iterator[FieldViolation]:
-    """A NaN fails every comparison, so each rule states what must hold."""
+    """A NaN fails every comparison, so each rule states what must hold. Precondition: the defaults are filled in."""
     longest = sampling.max_tokens if sampling.HasField("max_tokens") else math.inf
-    defaults = _with_defaults(sampling)
     rules = (
         ("max_tokens", longest >= 1, "must be at least 1"),
         ("min_tokens", sampling.min_tokens >= 0, "must not be negative"),
         ("min_tokens", sampling.min_tokens <= max(longest, 0), "must not be more than max_tokens"),
-        ("temperature", 0 <= defaults.temperature < math.inf, "must be finite and not negative"),
+        ("temperature", 0 <= sampling.temperature < math.inf, "must be finite and not negative"),
         ("top_k", sampling.top_k >= 0, "must not be negative"),
-        ("top_p", 0 < defaults.top_p <= 1, "must be in (0, 1]"),
+        ("top_p", 0 < sampling.top_p <= 1, "must be in (0, 1]"),
         ("min_p", 0 <= sampling.min_p <= 1, "must be in [0, 1]"),
         (
             "repetition_penalty",
-            0 < defaults.repetition_penalty < math.inf,
+            0 < sampling.repetition_penalty < math.inf,
             "must be finite and > 0",
         ),
         ("presence_penalty", -2 <= sampling.presence_penalty <= 2, "must be in [-2, 2]"),
@@ -261,26 +261,25 @@ def _not_in_vocabulary(token_id: int, model: ModelFacts) -> str:
 
 
 def _resolve(sampling: common_pb2.SamplingParams, room_tokens: int) -> SamplingParams:
-    """Precondition: no violations."""
-    filled = _with_defaults(sampling)
+    """Precondition: no violations, and the defaults are filled in."""
     max_tokens = (
-        min(filled.max_tokens, room_tokens) if filled.HasField("max_tokens") else room_tokens
+        min(sampling.max_tokens, room_tokens) if sampling.HasField("max_tokens") else room_tokens
     )
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=min(filled.min_tokens, max_tokens),
-        temperature=filled.temperature,
-        top_k=filled.top_k,
-        top_p=filled.top_p,
-        min_p=filled.min_p,
-        repetition_penalty=filled.repetition_penalty,
-        presence_penalty=filled.presence_penalty,
-        frequency_penalty=filled.frequency_penalty,
-        logit_bias=tuple(sorted(filled.logit_bias.items())),
-        seed=filled.seed if filled.HasField("seed") else secrets.randbits(64),
-        stop=tuple(dict.fromkeys(filled.stop)),
-        stop_token_ids=tuple(dict.fromkeys(filled.stop_token_ids)),
-        ignore_eos=filled.ignore_eos,
-        logprobs=filled.logprobs if filled.HasField("logprobs") else None,
-        n=max(1, filled.n),
+        min_tokens=min(sampling.min_tokens, max_tokens),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        stop=tuple(dict.fromkeys(sampling.stop)),
+        stop_token_ids=tuple(dict.fromkeys(sampling.stop_token_ids)),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        n=max(1, sampling.n),
     )

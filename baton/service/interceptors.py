@@ -42,15 +42,25 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._guarded: dict[str, _Handler] = {}
+        """By method."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
+        method = handler_call_details.method
+        guarded = self._guarded.get(method)
+        if guarded is not None:
+            return guarded
         handler: _Handler | None = await continuation(handler_call_details)
         if handler is None:
             return handler  # type: ignore[return-value]  # the stubs forget unknown methods
+        guarded = self._guarded[method] = self._guard(handler, method)
+        return guarded
+
+    def _guard(self, handler: _Handler, method: str) -> _Handler:
         wrap, make = _KINDS[handler.request_streaming, handler.response_streaming]
         behaviour: Any = (
             handler.unary_unary
@@ -60,7 +70,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         )
         assert behaviour is not None
         return make(  # type: ignore[no-any-return]
-            wrap(behaviour, handler_call_details.method, self._access),
+            wrap(behaviour, method, self._access),
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )

@@ -26,7 +26,7 @@ def request_status(
     return RequestStatus(
         request_id=account.refused_id if request is None else request.request_id,
         tenant=account.tenant,
-        state=_state(account, ended=ended),
+        state=state_of(account, ended=ended),
         waits_for="" if ended else account.waits_for,
         session_id="" if account.turn is None else account.turn.key.session_id,
         priority=0 if request is None else request.priority,
@@ -49,7 +49,8 @@ def request_status(
     )
 
 
-def _state(account: Account, *, ended: bool) -> RequestState:
+def state_of(account: Account, *, ended: bool) -> RequestState:
+    """What has become of a request."""
     if not ended:
         return RequestState.RUNNING if account.is_admitted else RequestState.QUEUED
     if account.error is None:
