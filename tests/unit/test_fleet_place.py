@@ -1,5 +1,7 @@
 """The router places a request once: what admission was told is what its first attempt gets, while nothing changes."""
 
+from collections.abc import Callable
+
 from baton.kv.prefix import SequenceHashes
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
@@ -60,13 +62,13 @@ async def test_a_decision_holds_until_something_changes() -> None:
         assert policy.decisions == 2
         assert other.decode.info.worker_id != placed.decode.info.worker_id
 
-        changes = (
+        changes: list[Callable[[], None]] = [
             held.release,
             lambda: fleet.suspect(WorkerId("one")),
             lambda: fleet.heartbeat(members[1], WorkerLoad(), PrefixDelta(), draining=True),
             lambda: fleet.note_cached(WorkerId("one"), first),
             lambda: fleet.leave(members[1], "it ends"),
-        )
+        ]
         for decisions, change in enumerate(changes, start=3):
             change()
             fleet.place(second)
