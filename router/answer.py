@@ -129,8 +129,7 @@ class Answer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Outputs]:
         """Generates inside the context, which is left normally once all outputs were taken. Raises what a generation fails with."""
-        if 0 not in self._held:
-            self.generations[0].begin()
+        self.generations[0].begin()
         drivers = [
             asyncio.create_task(self._drive(choice), name=f"{self._request.request_id}/{choice}")
             for choice in range(len(self.generations))

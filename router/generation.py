@@ -174,8 +174,10 @@ class Generation:
 
     def begin(self) -> None:
         """Takes workers for the first attempt where there are some, so that whoever is placed next finds their load. `run`, or `let_go`
-        where that never ran, gives them back.
+        where that never ran, gives them back. No effect where the first attempt is known, or none is needed.
         """
+        if self._held is not None or self._complete is not None:
+            return
         self._timeline.record(Event.PLACING, time.monotonic())
         placed = self._choose(moves=False)
         if not isinstance(placed, NoWorker):
