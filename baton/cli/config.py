@@ -18,6 +18,13 @@ from baton.types import Role
 LOOPBACK = "127.0.0.1"
 
 
+class Kernels(Enum):
+    """What computes on a CPU."""
+
+    NATIVE = "native"
+    TORCH = "torch"
+
+
 class Transport(Enum):
     """How KV goes from prefill to decode."""
 

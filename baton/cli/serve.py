@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from baton.cli.config import ServeConfig, Transport, shipped_model, with_ports
+from baton.cli.config import Kernels, ServeConfig, Transport, shipped_model, with_ports
 from baton.cli.console import EXIT_FAILED, reported
 from baton.cli.serving import run
 from baton.engine.config import EngineConfig, default_batch_tokens
@@ -36,6 +36,14 @@ def serve(
         typer.Option(
             help="Of activations and KV: float32, bfloat16 or float16.",
             show_default="the checkpoint's; float32 for the shipped model",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    kernels: Annotated[
+        Kernels | None,
+        typer.Option(
+            help="What computes on a CPU.",
+            show_default="native where the processor and the model allow it",
             rich_help_panel=MODEL,
         ),
     ] = None,
@@ -127,7 +135,7 @@ def serve(
         typer.Option(
             min=1,
             help="CPU threads of each worker.",
-            show_default="the cores, shared out",
+            show_default="the cores, shared out by who computes",
             rich_help_panel=FLEET,
         ),
     ] = None,
@@ -249,7 +257,7 @@ def serve(
         source = model if model is not None else str(shipped_model())
         # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
         kept = dtype if dtype is not None or model is not None else "float32"
-        shared_out = threads or max(1, (os.cpu_count() or 1) // (prefill + decode))
+        cores = os.cpu_count() or 1
         chosen = EngineConfig(
             model=source,
             dtype=kept,
@@ -259,7 +267,9 @@ def serve(
             max_batch_tokens=max_batch_tokens or default_batch_tokens(device, prefills=prefill > 0),
             max_running=max_running,
             max_context_tokens=max_context,
-            threads=shared_out,
+            kernels=kernels and kernels.value,
+            threads=threads or max(1, cores // (prefill + decode)),
+            most_threads=threads or cores,
             prefix_cache=prefix_cache,
             kv_cache=kv_cache,
         )

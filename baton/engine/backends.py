@@ -1,5 +1,6 @@
 """Chooses what computes a model, and loads the model for it."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from baton.errors import ModelLoadError
 from baton.kv.pool import TORCH_DTYPES
 from baton.kv.spec import KVDtype, KVSpec, WeightFormat
 
+_log = logging.getLogger(__name__)
 WithPool = Callable[[KVSpec, int], Backend]
 """Given the KV's spec and a number of blocks, the backend."""
 _KV_FORMATS = {KVDtype.FLOAT32: Format.FLOAT32, KVDtype.BFLOAT16: Format.BFLOAT16}
@@ -38,6 +40,7 @@ def load_model(
             return _load_native(library, config, model, checkpoint, progress)
         if config.kernels == "native":
             raise ModelLoadError(config.model, f"the native kernels can't be used: {why}")
+        _log.info("torch computes: the native kernels can't be used for %s", why)
     return _load_torch(config, model, checkpoint, progress)
 
 
@@ -74,7 +77,7 @@ def _load_native(
         device=torch.device("cpu"),
         progress=progress,
     )
-    threads = config.threads or torch.get_num_threads()
+    threads = config.most_threads or config.threads or torch.get_num_threads()
     # What is left to torch is sampling; its threads would spin on the kernels' cores after each call.
     torch.set_num_threads(1)
     return lambda spec, num_blocks: NativeBackend(

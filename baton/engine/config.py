@@ -100,6 +100,8 @@ class EngineConfig:
     """Longest sequence; None is the model's trained context."""
     threads: int | None = None
     """CPU threads of the engine; None is torch's choice."""
+    most_threads: int | None = None
+    """What the native kernels use while no other engine of this machine computes; None is `threads`."""
     kernels: str | None = None
     """What computes: `torch`, or `native`, compiled for some CPUs and models; None is native where it can be."""
     prefix_cache: bool = True
@@ -127,6 +129,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         ("kv_pool_tokens", config.kv_pool_tokens),
         ("max_context_tokens", config.max_context_tokens),
         ("threads", config.threads),
+        ("most_threads", config.most_threads),
     ):
         if value is not None and value < 1:
             raise ModelLoadError(config.model, f"{name} must be at least 1, not {value}")

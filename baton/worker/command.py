@@ -95,6 +95,7 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         max_running=flags.max_running,
         max_context_tokens=flags.max_context_tokens,
         # Ray tells the libraries beneath torch to use one thread.
+        kernels=flags.kernels,
         threads=flags.threads or len(os.sched_getaffinity(0)),
         prefix_cache=not flags.no_prefix_cache,
         capture_decode=role is Role.DECODE or flexible,
@@ -158,6 +159,7 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
         help="of activations and KV (default: the checkpoint's)",
     )
     formats = [each.value for each in WeightFormat]
+    add("--kernels", choices=("torch", "native"), help="what computes on a CPU (default: native)")
     add("--weights", choices=formats, help="how the weights are kept (default: in the dtype)")
     parser.set_defaults(prompt_weights=None)
     if role is Role.DECODE:
