@@ -11,11 +11,20 @@ from baton.engine.base import EngineRequest, Mode, Preempted, Reserved, Token
 from baton.engine.build import build_torch_engine
 from baton.engine.config import EngineConfig
 from baton.engine.engine import PagedEngine
-from baton.engine.runner import ModelRunner
+from baton.engine.native.library import NEEDED, processor_flags
 from baton.kv.checksum import sealed
+from baton.kv.spec import WeightFormat
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+LACKING = NEEDED - processor_flags()
+NATIVE = pytest.mark.skipif(bool(LACKING), reason=f"this processor lacks {LACKING}")
+FORMATS = [
+    pytest.param(("float32", None), id="float32"),
+    pytest.param(("bfloat16", None), id="bfloat16", marks=NATIVE),
+    pytest.param(("bfloat16", WeightFormat.INT8), id="int8", marks=NATIVE),
+]
+"""Torch's sums in lower precision depend on the batch; those of the native kernels do not."""
 LENGTHS = (1, 3, 16, 17, 63, 130, 300)
 
 
@@ -41,19 +50,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def build(checkpoint: Path) -> Callable[..., PagedEngine]:
+@pytest.fixture(scope="module", params=FORMATS)
+def build(checkpoint: Path, request: pytest.FixtureRequest) -> Callable[..., PagedEngine]:
+    dtype, weights = request.param
+    native = dtype != "float32"
+
     def build(
-        block_size: int = 16, chunk: int = 512, kv_tokens: int = 4096, *, prefix_cache: bool = True
+        block_size: int = 16,
+        chunk: int = 512,
+        kv_tokens: int = 4096,
+        *,
+        prefix_cache: bool = True,
+        kv_cache: bool = True,
     ) -> PagedEngine:
         return build_torch_engine(
             EngineConfig(
                 model=str(checkpoint),
-                dtype="float32",
-                block_size_tokens=block_size,
+                dtype=dtype,
+                weights=weights,
+                kernels="native" if native else None,
+                block_size_tokens=max(16, block_size) if native else block_size,
                 max_batch_tokens=chunk,
                 kv_pool_tokens=kv_tokens,
                 prefix_cache=prefix_cache,
+                kv_cache=kv_cache,
                 threads=1,
             )
         )
@@ -226,9 +246,9 @@ def test_one_flipped_value_in_the_kv_changes_what_is_said(
 
 
 def test_without_a_kv_cache_the_tokens_are_the_same(
-    checkpoint: Path, reference: Callable[[tuple[int, ...], SamplingParams], list[int]]
+    build: Callable[..., PagedEngine],
+    reference: Callable[[tuple[int, ...], SamplingParams], list[int]],
 ) -> None:
-    config = EngineConfig(model=str(checkpoint), dtype="float32", kv_pool_tokens=1024, threads=1)
-    engine = PagedEngine(ModelRunner(config), max_batch_tokens=1, max_running=1, kv_cache=False)
+    engine = build(chunk=1, kv_tokens=1024, kv_cache=False)
     engine.add(request("r", prompt_of(63), GREEDY, Mode.LOCAL))
     assert drain(engine)["r"] == reference(prompt_of(63), GREEDY)
