@@ -66,7 +66,7 @@ class NativeBackend:
         starts = [at + 4 * sum(sizes[:part]) for part in range(4)]
         self._library.step(
             self._engine,
-            Batch(*starts, self._logits.data_ptr(), len(tokens), len(rows), len(sampled)),
+            Batch(*starts, self._logits.data_ptr(), None, len(tokens), len(rows), len(sampled)),
         )
         return Logits(wanted, self._logits[: len(wanted)])
 

@@ -84,7 +84,7 @@ class Pool(Structure):
 
 
 class Batch(Structure):
-    """One step's rows: addresses of int32 arrays and of the logits."""
+    """One step's rows: addresses of int32 arrays, of the logits, and of three seconds to add to (linear, attention, the rest) or None."""
 
     _fields_ = (
         ("tokens", c_void_p),
@@ -92,6 +92,7 @@ class Batch(Structure):
         ("tables", c_void_p),
         ("sampled", c_void_p),
         ("logits", c_void_p),
+        ("seconds", c_void_p),
         ("num_tokens", c_int32),
         ("num_rows", c_int32),
         ("num_sampled", c_int32),

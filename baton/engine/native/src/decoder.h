@@ -11,6 +11,9 @@ namespace baton {
 
 enum Format : int32_t { FORMAT_F32 = 0, FORMAT_BF16 = 1, FORMAT_I8 = 2 };
 
+// Where a step's time goes.
+enum Section { SECTION_LINEAR, SECTION_ATTENTION, SECTION_REST };
+
 // As Python declares them, field by field (`baton.engine.native.library`).
 extern "C" {
 struct BatonMatrix {
@@ -55,6 +58,7 @@ struct BatonBatch {
   const int32_t* tables;     // block tables, one after another
   const int32_t* sampled;    // [S]: tokens whose logits are wanted
   float* logits;             // [S][V]
+  double* seconds;           // [Section], added to; none: no clocks
   int32_t num_tokens, num_rows, num_sampled;
 };
 }
@@ -173,12 +177,14 @@ class Decoder {
 
   void step(const BatonBatch& batch) {
     const int tokens = batch.num_tokens;
+    clock_ = {batch.seconds, batch.seconds ? monotonic_ns() : 0};
     prepare(batch);
     team_.begin();
     rows_of(tokens, [&](int t, int) { embed(batch.tokens[t], x(t)); });
     for (int l = 0; l < model_.num_layers; ++l) layer(batch, l);
     head(batch);
     team_.end();
+    clock_.lap(SECTION_REST);
   }
 
  private:
@@ -264,6 +270,7 @@ class Decoder {
   template <bool Add>
   void product(const Activations<W>& a, int rows, const BatonMatrix& weights, float* out, int width) {
     const Matrix w = matrix(weights);
+    clock_.lap(SECTION_REST);
     multiply<W>(team_, a.rows(), rows, w, [&](int first, int count, int panel, int panels, const float* sums) {
       for (int m = 0; m < count; ++m)
         for (int v = 0; v < 2 * panels; ++v) {
@@ -277,6 +284,7 @@ class Decoder {
           _mm512_mask_storeu_ps(at, inside, y);
         }
     });
+    clock_.lap(SECTION_LINEAR);
   }
 
   void layer(const BatonBatch& batch, int l) {
@@ -286,7 +294,9 @@ class Decoder {
     norm(tokens, w.attention_norm);
     product<false>(inputs_, tokens, w.qkv, qkv_.get(), qkv_width());
     rows_of(tokens, [&](int t, int) { place(batch, w, cache, t); });
+    clock_.lap(SECTION_REST);
     attend(batch, w, cache);
+    clock_.lap(SECTION_ATTENTION);
     inputs_.shape(tokens, model_.num_heads * model_.head_dim);
     rows_of(tokens, [&](int t, int) {
       const int width = model_.num_heads * model_.head_dim;
@@ -303,6 +313,7 @@ class Decoder {
     const Matrix w = matrix(weights);
     hidden_.shape(tokens, model_.inner);
     const Rows to = hidden_.rows();
+    clock_.lap(SECTION_REST);
     multiply<W>(team_, inputs_.rows(), tokens, w, [&](int first, int count, int panel, int panels, const float* sums) {
       for (int m = 0; m < count; ++m)
         for (int p = 0; p < panels; ++p) {
@@ -323,6 +334,7 @@ class Decoder {
           }
         }
     });
+    clock_.lap(SECTION_LINEAR);
     if constexpr (W::VALUES == 4)
       rows_of(tokens, [&](int t, int) { hidden_.put(t, gated_.get() + (size_t)t * model_.inner, model_.inner); });
   }
@@ -511,6 +523,19 @@ class Decoder {
     product<false>(inputs_, rows, model_.head, batch.logits, model_.vocab);
   }
 
+  struct Clock {
+    double* seconds;
+    int64_t since_ns;
+
+    // The time since the last lap belongs to the section.
+    void lap(Section section) {
+      if (seconds == nullptr) return;
+      const int64_t now_ns = monotonic_ns();
+      seconds[section] += (double)(now_ns - since_ns) * 1e-9;
+      since_ns = now_ns;
+    }
+  };
+
   struct SpanPart {
     int block, head, span;
     size_t at;
@@ -535,6 +560,7 @@ class Decoder {
   std::unique_ptr<Scratch[]> scratch_;
   std::vector<Room> rooms_;
   int width_ = 0;
+  Clock clock_{};
 };
 
 }  // namespace baton
