@@ -7,8 +7,10 @@ Tests run in several processes, pytest-xdist's workers, of which each runs whole
 """
 
 import gc
+import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from baton.transfer.ray_runtime import LocalRaySettings, RayCluster, start_local
 from tests.redis_server import redis_server
+
+if not Path("/dev/nvidiactl").exists():
+    # Triton decides while it is imported, which others do too, whether it compiles kernels or interprets them.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 AGAIN_S = 20.0
 """Long enough for what a test that timed out has to clean up."""

@@ -18,7 +18,7 @@ from baton.client import Client, ModelInfo
 from baton.errors import BatonError
 from baton.types import Role, WorkerInfo
 
-READY_S = 60.0
+READY_S = 100.0
 MARK = "BATON_TEST_MARK"
 
 

@@ -54,15 +54,19 @@ void baton_pack(int32_t format, const void* rows, const uint16_t* row_scales, in
   uint32_t* to = static_cast<uint32_t*>(packed);
   // 8-bit weights are stored with 128 added.
   const uint32_t flip = format == FORMAT_I8 ? 0x80808080u : 0;
-  for (int64_t p = 0; p < panels; ++p)
-    for (int64_t j = 0; j < PANEL; ++j) {
-      const int64_t row = p * PANEL + j;
-      for (int64_t s = 0; s < lanes; ++s) {
+  for (int64_t p = 0; p < panels; ++p) {
+    const char* panel = from + p * PANEL * row_bytes;
+    const int64_t full = std::min<int64_t>(PANEL, n - p * PANEL);
+    for (int64_t s = 0; s < lanes; ++s, to += PANEL) {
+      // The last lane of a row may be cut short.
+      const int64_t bytes = std::clamp<int64_t>(row_bytes - s * 4, 0, 4);
+      for (int64_t j = 0; j < PANEL; ++j) {
         uint32_t lane = 0;
-        if (row < n) std::memcpy(&lane, from + row * row_bytes + s * 4, std::clamp<int64_t>(row_bytes - s * 4, 0, 4));
-        to[(p * lanes + s) * PANEL + j] = lane ^ flip;
+        if (j < full) bytes == 4 ? std::memcpy(&lane, panel + j * row_bytes + s * 4, 4) : std::memcpy(&lane, panel + j * row_bytes + s * 4, bytes);
+        to[j] = lane ^ flip;
       }
     }
+  }
   if (format != FORMAT_I8) return;
   const int64_t groups = lanes / GROUP_STEPS;
   for (int64_t p = 0; p < panels; ++p)
