@@ -4,6 +4,7 @@ python -m benchmarks.engine.runners.llamacpp --model FILE --format q8_0 --thread
 """
 
 import json
+import re
 import resource
 import subprocess
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class Tools:
         stream = -(-(context + steps) // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS
         counts = ["-npp", context, "-ntg", steps, "-npl", batch, "-c", batch * stream]
         out = self._run("llama-batched-bench", *counts, "--output-format", "jsonl")
-        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        return float(lines[0]["t_tg"])
+        # A warning may stand before it in its line.
+        found = re.search(r'{"n_kv_max".*}', out)
+        assert found is not None, out
+        return float(json.loads(found[0])["t_tg"])
 
     def __call__(self, cell: Cell) -> Answer:
         if cell.kind == "prefill":
