@@ -61,8 +61,8 @@ class AsyncStream:
         while True:
             try:
                 async for response in self._call:
-                    self._recovery.progress()
                     chunk = self._collector.add(response)
+                    self._recovery.progress(fresh=chunk is not None)
                     if chunk is not None:
                         yield chunk
             except grpc.RpcError as error:

@@ -4,8 +4,9 @@
     no worker holds it          ask for the whole again, with the same seed: the answer is the same, and what is here is left out
     it was never accepted       ask again
 
-Only a lost or a draining router is tried again; what a router itself says of a request stands. A `Routers` may be shared by
-threads; a `Recovery` is used by one thread or task at a time.
+A lost or a draining router is tried again, and one that accepted a request and then finds no worker for it, which another may have
+or which may come back: that word stands once it has brought no new output for `reconnect_s`. Whatever else a router says of a request
+stands at once. A `Routers` may be shared by threads; a `Recovery` is used by one thread or task at a time.
 """
 
 from collections.abc import Sequence
@@ -116,12 +117,16 @@ class Recovery:
         self._lost_s: float | None = None
         """When the first call since then broke; on the caller's monotonic clock."""
         self._pause_s = 0.0
+        self._refused = False
+        """It broke by the word of a router that serves, which accepts the request as often as it is asked."""
         self._again = False
         """Attach found nothing."""
 
-    def progress(self) -> None:
-        """Something came."""
-        self._lost_s, self._pause_s, self._again = None, 0.0, False
+    def progress(self, *, fresh: bool) -> None:
+        """Something came; `fresh` where it is output that was not here yet."""
+        self._again = False
+        if fresh or not self._refused:
+            self._lost_s, self._pause_s, self._refused = None, 0.0, False
 
     def after(self, error: grpc.RpcError, now_s: float) -> Retry | None:
         """What to do once a call broke; None where the error stands."""
@@ -129,6 +134,8 @@ class Recovery:
         lost = self._is_loss(error, typed)
         if not lost and not self._is_answer_to_retry(typed):
             return None
+        if lost:
+            self._refused = said_by_peer(error) and not isinstance(typed, DrainingError)
         self._lost_s = now_s if self._lost_s is None else self._lost_s
         patience_s = self._reconnect_s
         if self._collector.seed is None:

@@ -62,8 +62,8 @@ class Stream:
         while True:
             try:
                 for response in self._call:
-                    self._recovery.progress()
                     chunk = self._collector.add(response)
+                    self._recovery.progress(fresh=chunk is not None)
                     if chunk is not None:
                         yield chunk
             except grpc.RpcError as error:
