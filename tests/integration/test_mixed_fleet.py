@@ -15,7 +15,7 @@ from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.sim import SimConfig, SimRunner
 from baton.errors import UnavailableError
 from baton.kv.spec import WeightFormat
-from baton.types import SamplingParams
+from baton.types import SamplingParams, WorkerId
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
 from tests.integration.router_fakes import SETTINGS, Answer
@@ -166,7 +166,7 @@ async def test_what_one_format_began_no_other_goes_on_with() -> None:
     length = 400
     async with house(1, 1, decode_sim=INT8) as here:
         answer = Answer()
-        others: set[str] = set()
+        others: set[WorkerId] = set()
         async for response in here.call(5, max_tokens=length):
             answer.add(response)
             if answer.tokens and not others:

@@ -15,14 +15,14 @@ from baton.v1 import inference_pb2 as pb
 RECONNECT_S = 15.0
 WAIT_S = 10.0
 """How long the router looks for a worker before it says that there is none."""
-CUT = AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "connection reset")
+CUT = AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "connection reset", "")
 NO_WORKER = UnavailableError("no worker")
 
 
 def said(error: BatonError) -> AioRpcError:
     """By the router itself."""
     trailers = Metadata((DETAILS_KEY, to_status(error).SerializeToString()))
-    return AioRpcError(code_of(error), Metadata(), trailers, error.message)
+    return AioRpcError(code_of(error), Metadata(), trailers, error.message, "")
 
 
 class Stream:
