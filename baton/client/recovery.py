@@ -140,7 +140,9 @@ class Recovery:
         patience_s = self._reconnect_s
         if self._collector.seed is None:
             patience_s = min(patience_s, UNACCEPTED_S)
-        if now_s - self._lost_s >= patience_s:
+        # That Attach found nothing is no last word: it would tell of a lost request, and not of why it was lost.
+        attached = isinstance(typed, NotFoundError) and not self._again
+        if now_s - self._lost_s >= patience_s and not attached:
             return None
         pause_s = self._pause_s
         self._pause_s = min(MAX_PAUSE_S, max(FIRST_PAUSE_S, 2 * pause_s))

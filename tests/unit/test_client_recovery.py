@@ -99,3 +99,15 @@ def test_routers_that_are_gone_are_tried_for_as_long_as_was_asked() -> None:
     while stream.broke(CUT) is not None:
         assert stream.now_s - began_s <= RECONNECT_S + 1
     assert stream.now_s - began_s >= RECONNECT_S
+
+
+def test_that_nobody_holds_the_request_is_never_the_last_word() -> None:
+    """Promise: however late Attach answers, the caller learns why there is no answer: no worker, rather than no such request."""
+    stream = Stream()
+    stream.accepted()
+    assert isinstance(stream.broke(said(NO_WORKER)), pb.AttachRequest)
+    stream.now_s += RECONNECT_S + 1
+    assert isinstance(stream.broke(said(NotFoundError("request", "r"))), pb.GenerateRequest)
+    assert stream.broke(said(NotFoundError("model", "m"))) is None
+    stream.accepted()
+    assert stream.broke(said(NO_WORKER)) is None
