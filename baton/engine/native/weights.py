@@ -12,9 +12,11 @@ from torch import Tensor
 from baton.engine.config import ModelConfig
 from baton.engine.layers import rope_frequencies
 from baton.engine.native.library import PANEL, Format, Layer, Library, Matrix, Model
-from baton.engine.quantize import quantize_weight
+from baton.engine.quantize import GROUP, quantize_weight
 from baton.engine.weights import TensorSource
 
+SLICE = 128 * PANEL
+"""Rows that are packed at once: what quantizing takes on the way stays small."""
 GATES = 16
 """Gates that stand side by side, before the values that they gate."""
 _DTYPES = {Format.FLOAT32: torch.float32, Format.BFLOAT16: torch.bfloat16, Format.INT8: torch.int8}
@@ -45,32 +47,38 @@ class Packed:
 
     def __init__(self, library: Library, form: Format, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` is [N, K], in float32 or bfloat16."""
-        panels = -(-len(weight) // PANEL)
-        scales: Tensor | None = None
-        self._scales: Tensor | None = None
-        if form is Format.INT8:
-            weight, scales = quantize_weight(weight)
-            self._scales = torch.empty(panels * PANEL * scales.shape[1], dtype=torch.float16)
         self._n, self._k = weight.shape
-        rows = weight.to(_DTYPES[form]).contiguous()
+        num_rows = -(-self._n // PANEL) * PANEL
         num_bytes = library.packed_bytes(form, self._n, self._k)
         self._address = library.allocate(num_bytes)
         # At exit the process frees all, and the engine's thread may still compute.
         weakref.finalize(self, library.free, self._address, num_bytes).atexit = False
-        library.pack(
-            form,
-            rows.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            self._n,
-            self._k,
-            self._address,
-            None if self._scales is None else self._scales.data_ptr(),
-        )
+        self._scales: Tensor | None = None
+        if form is Format.INT8:
+            self._scales = torch.empty((num_rows, -(-self._k // GROUP)), dtype=torch.float16)
+        for first in range(0, self._n, SLICE):
+            self._pack(library, form, weight[first : first + SLICE], first)
         self._bias = None
         if bias is not None:
             # The kernels read whole panels.
-            self._bias = torch.zeros(panels * PANEL, dtype=torch.float32)
+            self._bias = torch.zeros(num_rows, dtype=torch.float32)
             self._bias[: self._n] = bias
+
+    def _pack(self, library: Library, form: Format, weight: Tensor, first: int) -> None:
+        """Rows from `first` on, a multiple of a panel's."""
+        scales: Tensor | None = None
+        if form is Format.INT8:
+            weight, scales = quantize_weight(weight)
+        rows = weight.to(_DTYPES[form]).contiguous()
+        library.pack(
+            form,
+            rows.data_ptr(),
+            _address(scales),
+            len(rows),
+            rows.shape[1],
+            self._address + library.packed_bytes(form, first, self._k),
+            None if self._scales is None else self._scales[first:].data_ptr(),
+        )
 
     @property
     def matrix(self) -> Matrix:

@@ -1,5 +1,7 @@
 // What Python calls, through ctypes and so without its lock. One thread at a time calls into one engine.
 
+#include <malloc.h>
+
 #include "decoder.h"
 #include "transport.h"
 
@@ -89,6 +91,10 @@ void baton_free(void* at, int64_t bytes) { munmap(at, (size_t)bytes); }
 
 // Null where the combination of formats is not built.
 void* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores) {
+#ifdef __GLIBC__
+  // What loading took on the way is kept by the allocator otherwise.
+  malloc_trim(0);
+#endif
   switch (model->weights * 4 + model->kv) {
     case FORMAT_F32 * 4 + FORMAT_F32: return new EngineOf<F32, F32>(*model, *pool, threads, cores);
     case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<BF16, BF16>(*model, *pool, threads, cores);
