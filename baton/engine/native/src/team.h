@@ -34,7 +34,11 @@ inline int64_t monotonic_ns() {
 // between two steps gives nobody's core away.
 class Cores {
  public:
-  Cores(const char* path, int num_cores) : num_cores_(num_cores) {
+  explicit Cores(const char* path) {
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    sched_getaffinity(0, sizeof(cores), &cores);
+    num_cores_ = std::max(1, CPU_COUNT(&cores));
     if (path == nullptr) return;
     const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (file < 0) return;
@@ -62,15 +66,15 @@ class Cores {
     mine_->until_ns.store(monotonic_ns() + (computing ? PART_NS : PAUSE_NS), std::memory_order_relaxed);
   }
 
-  // How many threads this engine may use now, itself included.
-  int share() const {
-    if (mine_ == nullptr) return num_cores_;
+  // How many of `wanted` threads this engine may use now. Alone it has them all.
+  int share(int wanted) const {
+    if (mine_ == nullptr) return wanted;
     const int64_t now = monotonic_ns();
     int computing = 1;
     for (int i = 0; i < SLOTS; ++i) {
       computing += &slots_[i] != mine_ && now < slots_[i].until_ns.load(std::memory_order_relaxed);
     }
-    return std::max(1, num_cores_ / computing);
+    return computing == 1 ? wanted : std::clamp(num_cores_ / computing, 1, wanted);
   }
 
  private:
@@ -96,7 +100,7 @@ class Cores {
     }
   }
 
-  const int num_cores_;
+  int num_cores_;
   Slot* slots_ = nullptr;
   Slot* mine_ = nullptr;
 };
@@ -106,7 +110,7 @@ class Team {
   using Part = void (*)(void* context, int part, int thread);
 
   Team(int num_threads, const char* cores_path)
-      : cores_(cores_path, num_threads), size_(num_threads), helpers_(num_threads - 1) {
+      : cores_(cores_path), size_(num_threads), helpers_(num_threads - 1) {
     CPU_ZERO(&allowed_cores_);
     sched_getaffinity(0, sizeof(allowed_cores_), &allowed_cores_);
     for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
@@ -167,7 +171,7 @@ class Team {
   // Finds out how many threads may work now, and sees that they are awake.
   void divide() {
     cores_.sign(true);
-    const int allowed = std::min(size_, cores_.share());
+    const int allowed = cores_.share(size_);
     allowed_.store(allowed, std::memory_order_seq_cst);
     if (size_ - asleep_.load(std::memory_order_seq_cst) < allowed) wake();
   }
@@ -193,7 +197,7 @@ class Team {
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       call_(context_, part, thread);
       done_.fetch_add(1, std::memory_order_release);
-      if (thread != 0 && (part & 7) == 0) allowed_.store(cores_.share(), std::memory_order_relaxed);
+      if (thread != 0 && (part & 7) == 0) allowed_.store(cores_.share(size_), std::memory_order_relaxed);
     }
   }
 
