@@ -6,11 +6,10 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
-from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import KVMeta, KVTransport, Piece, PullRequest, Ready, Refused, Underway
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import decode_pb2_grpc, tunnel_pb2_grpc
+from baton.v1 import decode_pb2_grpc
 from baton.vllm.servicer import SERVICE as VLLM_SERVICE
 from baton.vllm.servicer import VllmServicer
 from baton.worker.calls import exported
@@ -43,15 +42,13 @@ class DecodeWorker:
     async def start(self) -> WorkerInfo:
         """See `WorkerHost.start`."""
         servicer = DecodeServicer(self.host, self._decoder, self._attempts)
-        tunnel = TunnelServicer(servicer.tunnelled)
         foreign = VllmServicer(self.host, decode=self._foreign)
 
         def add(server: grpc.aio.Server) -> None:
             vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(foreign, server)
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
-            tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
 
-        return await self.host.start(add)
+        return await self.host.start(add, servicer.tunnelled)
 
     async def drain(self, grace_s: float) -> bool:
         """Refuses new calls; returns once the running ones have ended, or after the grace. See `WorkerHost.drain`."""

@@ -10,7 +10,6 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from baton.engine.aio import AsyncEngine
 from baton.kv.spec import WireKV
 from baton.service.settings import WorkerSettings
-from baton.service.tunnel import TunnelServicer
 from baton.service.worker_host import WorkerHost
 from baton.transfer.base import (
     KVMeta,
@@ -23,7 +22,7 @@ from baton.transfer.base import (
     Underway,
 )
 from baton.types import AttemptKey, Role, WorkerInfo
-from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc, tunnel_pb2_grpc
+from baton.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from baton.vllm.servicer import SERVICE as VLLM_SERVICE
 from baton.vllm.servicer import VllmServicer
 from baton.worker.calls import exported
@@ -61,7 +60,6 @@ class FlexWorker:
         """See `WorkerHost.start`."""
         prefill = PrefillServicer(self.host, self._prefiller)
         decode = DecodeServicer(self.host, self._decoder, self._attempts)
-        tunnel = TunnelServicer(prefill.tunnelled | decode.tunnelled)
         foreign = VllmServicer(
             self.host, prefill=self._foreign_prefill, decode=self._foreign_decode
         )
@@ -70,9 +68,8 @@ class FlexWorker:
             vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(foreign, server)
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server)
             decode_pb2_grpc.add_DecodeServiceServicer_to_server(decode, server)
-            tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
 
-        return await self.host.start(add)
+        return await self.host.start(add, prefill.tunnelled | decode.tunnelled)
 
     async def drain(self, grace_s: float) -> bool:
         """See `WorkerHost.drain`."""

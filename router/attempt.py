@@ -154,6 +154,8 @@ class Attempt:
                     self._over.set()
                     for task in self._tasks:
                         task.cancel()
+                    # A cancelled task holds its frames, and these the attempt: memory that only a full collection would find.
+                    self._tasks.clear()
                     if self.left is None and not self._decode_has_ended:
                         self.pair.decode.release_decode(self._key, self._terms.holder)
                     self._let_go_of_source()

@@ -17,7 +17,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton.errors import BatonError, CapacityError, DrainingError, UnavailableError
@@ -148,7 +147,7 @@ class Generation:
         """Failed attempts since the last new token."""
         self._lost: str | None = None
         """Why the last attempt was not the last, until there is a new token; a label of metrics."""
-        self._stage: Callable[[], str] = lambda: "placement"
+        self._waits_for = "placement"
         self.prompt_cached = asyncio.Event()
         """Set once a decode worker has the prompt's KV; and in any case at the end."""
         self.stats = AttemptStats()
@@ -163,7 +162,7 @@ class Generation:
     @property
     def stage(self) -> str:
         """What the request waits for, for its deadline's error."""
-        return self._stage()
+        return self._waits_for if self._current is None else self._current[0].stage.value
 
     @property
     def attempts(self) -> list[Report]:
@@ -260,7 +259,7 @@ class Generation:
 
     async def _place(self) -> Placement:
         """Waits, within limits, for workers that can take the request."""
-        self._stage = lambda: "placement"
+        self._waits_for = "placement"
         self._timeline.record(Event.PLACING, time.monotonic())
         end_s = time.monotonic() + self._settings.worker_wait_s
         while True:
@@ -320,7 +319,6 @@ class Generation:
         self._current = (attempt, resumed_tokens)
         self.decode_worker = attempt.pair.decode.worker_id
         self._timeline.record(Event.PLACED, time.monotonic())
-        self._stage = lambda: attempt.stage.value
         self.stats = attempt.stats
         cancelled = True
         try:
@@ -363,7 +361,7 @@ class Generation:
             self._lost = "failure" if self._moved is None else "drain"
             self._timeline.record(Event.LOST, time.monotonic())
         error: BatonError | None = None if failure is None else failure.error
-        self._current = None
+        self._waits_for, self._current = attempt.stage.value, None
         self._record(_report(attempt, resumed_tokens, error, time.monotonic()), error, attempt)
         if len(self._output.generated) > resumed_tokens:
             self._avoid.clear()
@@ -383,7 +381,7 @@ class Generation:
         if failure.suspicious:
             self._fleet.suspect(failure.blame)
         if self._fruitless > 1:
-            self._stage = lambda: "recovery"
+            self._waits_for = "recovery"
             pause_s = FIRST_BACKOFF_S * 2 ** (self._fruitless - 2)
             await asyncio.sleep(min(MAX_BACKOFF_S, pause_s))
 

@@ -66,8 +66,7 @@ class Output:
         """Of each token, where they were asked for."""
         self._finished = False
         self._closed = False
-        self._on_change: Callable[[], None] = lambda: None
-        self._on_close: Callable[[], None] = lambda: None
+        self.watch(lambda: None, lambda: None)
         self.generated: list[int] = []
         """Every token of the output."""
         self.stop: str | None = None
@@ -139,6 +138,8 @@ class Output:
             self._closed = True
             self._on_close()
             self._on_change()
+            # Whoever watched may hold this output too: neither is to wait for a full collection.
+            self.watch(lambda: None, lambda: None)
 
     @property
     def closed(self) -> bool:
@@ -147,7 +148,8 @@ class Output:
 
     def watch(self, on_change: Callable[[], None], on_close: Callable[[], None]) -> None:
         """`on_change` is called when something may be to be taken, or nothing more will come, then after `on_close`."""
-        self._on_change, self._on_close = on_change, on_close
+        self._on_change: Callable[[], None] = on_change
+        self._on_close: Callable[[], None] = on_close
 
     def take(self) -> Piece | None:
         """Everything new, as far as it fits one message; None where nothing is."""

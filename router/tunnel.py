@@ -146,6 +146,8 @@ class Tunnel:
                     sending = asyncio.create_task(self._send(stream), name="sends in a tunnel")
                     self._open = True
                 self._deliver(response)
+                if response.last:
+                    break
         except grpc.aio.AioRpcError as error:
             self.unserved = error.code() is grpc.StatusCode.UNIMPLEMENTED
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ Runs on the worker's event loop; the Open call is the lease on its calls.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -44,6 +45,17 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
     def __init__(self, methods: Mapping[str, Method]) -> None:
         """Methods by their full name."""
         self._methods = methods
+        self._open: set[_Outbox] = set()
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+
+    async def finish(self, timeout_s: float) -> None:
+        """Ends the tunnels, each when its router has read what its calls said; returns then, or after the timeout."""
+        for outbox in self._open:
+            outbox.finish()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none_open.wait()
 
     async def Open(  # noqa: N802
         self,
@@ -54,6 +66,8 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         calls: dict[int, asyncio.Task[None]] = {}
         await context.write(tunnel_pb2.OpenResponse())
         sending = asyncio.create_task(outbox.send(context.write), name="tunnel")
+        self._open.add(outbox)
+        self._none_open.clear()
         try:
             async for request in requests:
                 for start in request.starts:
@@ -64,6 +78,9 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
                     if call in calls:
                         calls[call].cancel()
         finally:
+            self._open.remove(outbox)
+            if not self._open:
+                self._none_open.set()
             left = [sending, *calls.values()]
             for task in left:
                 task.cancel()
@@ -131,6 +148,7 @@ class _Outbox:
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
+        self._finishes = False
 
     async def room(self) -> None:
         """Returns once not too much waits to be sent."""
@@ -149,8 +167,13 @@ class _Outbox:
         self._next.ends.add(call=call, status=status)
         self._grown(len(status))
 
+    def finish(self) -> None:
+        """No call says anything more."""
+        self._finishes = True
+        self._changed.set()
+
     async def send(self, write: Callable[[tunnel_pb2.OpenResponse], Awaitable[None]]) -> None:
-        """Sends until it is cancelled, or the stream breaks."""
+        """Sends until it is cancelled, the stream breaks, or all was said."""
         while True:
             await self._changed.wait()
             # Whoever else was woken in this step of the loop adds its part.
@@ -163,6 +186,8 @@ class _Outbox:
             self._waiting_bytes = self._next_bytes + sum(r.ByteSize() for r in self._waiting)
             if self._waiting_bytes < WAITING_BYTES:
                 self._has_room.set()
+            if self._finishes and not self._waiting_bytes:
+                return await write(tunnel_pb2.OpenResponse(last=True))
 
     def _close_next(self) -> None:
         if self._next.messages or self._next.ends:

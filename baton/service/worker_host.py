@@ -2,7 +2,7 @@
 they start, drain and stop. Torch-free: the engine is passed in. Everything runs on the worker's event loop.
 
     start   server (health NOT_SERVING) → engine → metrics → membership → SERVING
-    drain   refuse new calls → NOT_SERVING, routers told → running calls end, or the grace does
+    drain   refuse new calls → NOT_SERVING, routers told → running calls end and are read, or the grace ends
     turn    NOT_SERVING, routers told → running calls end, or the timeout does → the other role announced → SERVING
     stop    leave the fleet → cancel what runs → server, metrics, engine
 
@@ -35,15 +35,18 @@ from baton.service.server import GrpcServer
 from baton.service.settings import WorkerSettings
 from baton.service.status_line import Snapshot, worker_snapshot
 from baton.service.tracing import NoTracing, Tracing, open_tracing
+from baton.service.tunnel import Method, TunnelServicer
 from baton.service.worker_api import WORKER_SERVICE, WorkerServicer
 from baton.types import Role, WorkerId, WorkerInfo, WorkerLoad
-from baton.v1 import worker_pb2_grpc
+from baton.v1 import tunnel_pb2_grpc, worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.1
 TOLD_S = 1.0
 """Longest wait for the routers to be told; one that is away learns it when it is joined."""
+LAST_WORDS_S = 1.0
+"""Longest wait for the routers to read what ended calls said; one that stands still never will."""
 AUDIT_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 10.0
 
@@ -54,6 +57,7 @@ class _Running:
 
     info: WorkerInfo
     fleet: FleetAgent
+    tunnel: TunnelServicer
     watches: tuple[asyncio.Task[None], ...]
 
 
@@ -140,11 +144,17 @@ class WorkerHost:
             return "the worker is draining"
         return self.problem
 
-    async def start(self, add_servicer: Callable[[grpc.aio.Server], None]) -> WorkerInfo:
-        """Returns once the worker serves. Raises what the engine's build raises (`ModelLoadError`), and `UnavailableError` where a port
-        is taken; then nothing is left running.
+    async def start(
+        self, add_servicer: Callable[[grpc.aio.Server], None], tunnelled: Mapping[str, Method]
+    ) -> WorkerInfo:
+        """Returns once the worker serves; routers may call the `tunnelled` methods in tunnels too. Raises what the engine's build
+        raises (`ModelLoadError`), and `UnavailableError` where a port is taken; then nothing is left running.
         """
+        tunnel = TunnelServicer(tunnelled)
         self._server.register(add_servicer)
+        self._server.register(
+            lambda server: tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(tunnel, server)
+        )
         self._server.register(
             lambda server: worker_pb2_grpc.add_WorkerServiceServicer_to_server(
                 WorkerServicer(self), server
@@ -173,7 +183,7 @@ class WorkerHost:
             asyncio.create_task(self._watch_health(), name="health"),
             asyncio.create_task(self._watch_blocks(), name="blocks"),
         )
-        self._running = _Running(info, fleet, watches)
+        self._running = _Running(info, fleet, tunnel, watches)
         await self._publish()
         return info
 
@@ -210,6 +220,9 @@ class WorkerHost:
             await self._running.fleet.told(min(grace_s, TOLD_S))
         if not await self._calls.idle(end_s - time.monotonic()):
             _log.warning("%d calls still run after the drain's %.0f s", len(self._calls), grace_s)
+        elif self._running is not None:
+            # A router that hears first that the worker has gone would take the last words for lost.
+            await self._running.tunnel.finish(LAST_WORDS_S)
         return not self._calls
 
     async def set_role(self, role: Role, drain_timeout_s: float) -> Role:

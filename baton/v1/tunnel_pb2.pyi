@@ -30,7 +30,7 @@ class OpenRequest(_message.Message):
     def __init__(self, starts: _Optional[_Iterable[_Union[OpenRequest.Start, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
-    __slots__ = ("messages", "ends")
+    __slots__ = ("messages", "ends", "last")
     class Message(_message.Message):
         __slots__ = ("call", "response")
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,8 @@ class OpenResponse(_message.Message):
         def __init__(self, call: _Optional[int] = ..., status: _Optional[bytes] = ...) -> None: ...
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[OpenResponse.Message]
     ends: _containers.RepeatedCompositeFieldContainer[OpenResponse.End]
-    def __init__(self, messages: _Optional[_Iterable[_Union[OpenResponse.Message, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[OpenResponse.End, _Mapping]]] = ...) -> None: ...
+    last: bool
+    def __init__(self, messages: _Optional[_Iterable[_Union[OpenResponse.Message, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[OpenResponse.End, _Mapping]]] = ..., last: _Optional[bool] = ...) -> None: ...

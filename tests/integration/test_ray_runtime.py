@@ -199,7 +199,9 @@ def test_leaving_the_context_leaves_no_process_and_no_file(short_path: Path, lin
         other.process.wait(30)
         assert other.tree.pids == set()
     assert list(short_path.iterdir()) == []
-    assert told == "" if line == "leave" else "KeyboardInterrupt" in told
+    # On a busy machine Ray may need a second try, and the log says so.
+    told = "".join(each for each in told.splitlines() if "trying again" not in each)
+    assert (told == "") if line == "leave" else ("KeyboardInterrupt" in told), told
 
 
 def test_killing_the_owner_ends_the_cluster_and_its_workers(short_path: Path) -> None:

@@ -29,8 +29,9 @@ def tokens(*ids: int) -> common_pb2.TokenIds:
 class Far:
     """A worker's end with one method, and a router's."""
 
-    def __init__(self, server: GrpcServer, tunnel: Tunnel) -> None:
+    def __init__(self, server: GrpcServer, servicer: TunnelServicer, tunnel: Tunnel) -> None:
         self.server = server
+        self.servicer = servicer
         self.tunnel = tunnel
 
     def start(self, *ids: int, method: str = METHOD) -> TunnelledCall:
@@ -59,7 +60,7 @@ async def far(handle: Handler) -> AsyncIterator[Far]:
             tunnel.open()
             while not tunnel.is_open:  # noqa: ASYNC110 - the tunnel has no event for it
                 await asyncio.sleep(0.005)
-            yield Far(server, tunnel)
+            yield Far(server, servicer, tunnel)
     finally:
         await tunnel.close()
         await channel.close(None)
@@ -211,6 +212,41 @@ async def test_a_writer_waits_while_nobody_reads() -> None:
             while count < 200:
                 response = await stream.read()
                 count += len(response.messages)
+            stream.cancel()
+    finally:
+        await server.stop(0)
+
+
+async def test_a_tunnel_that_finishes_was_read_to_its_end() -> None:
+    """Promise: a worker that leaves takes no last word with it, however its calls' end and its own leaving race."""
+    ended = asyncio.Event()
+
+    async def say(request: common_pb2.TokenIds, context: Context) -> None:
+        await echo(request, context)
+        ended.set()
+
+    got: list[int] = []
+    async with far(say) as here:
+        call = here.start(*range(50))
+        consuming = asyncio.create_task(call.consume(lambda response: got.extend(response.ids)))
+        await ended.wait()
+        await here.servicer.finish(10)
+        assert got == list(range(50))
+        assert (await consuming).from_worker
+        assert not here.tunnel.is_open
+
+
+async def test_a_router_that_does_not_read_holds_no_worker_back() -> None:
+    server = GrpcServer(ServerSettings(reflection=False), [])
+    servicer = TunnelServicer({})
+    server.register(lambda s: tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(servicer, s))
+    port = await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = tunnel_pb2_grpc.TunnelServiceStub(channel).Open()
+            await stream.read()
+            async with asyncio.timeout(10):
+                await servicer.finish(0.05)
             stream.cancel()
     finally:
         await server.stop(0)
