@@ -28,6 +28,7 @@ MODELS = {
     "llama": oracle.llama,
     "window": lambda: oracle.mistral(sliding_window=24),
     "qwen3": lambda: oracle.qwen3(tie_word_embeddings=True),
+    "wide": lambda: oracle.qwen3(head_dim=80, max_position_embeddings=512),
     "grouped": lambda: oracle.qwen2(
         hidden_size=112, num_attention_heads=7, num_key_value_heads=1, intermediate_size=208
     ),
@@ -139,27 +140,28 @@ def test_a_long_context_shared_by_threads_is_the_one_that_a_single_thread_comput
 
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["llama", "wide"])
 def test_kv_crosses_to_other_blocks_and_other_kernels(
-    paths: dict[str, Path], dtype: str, block_size: int
+    paths: dict[str, Path], model: str, dtype: str, block_size: int
 ) -> None:
     """Promise: the wire knows neither blocks nor their order within; native and torch workers exchange KV."""
-    tokens = oracle.prompt_of(100)
-    source = runner_of(paths["llama"], dtype=dtype)
+    tokens = oracle.prompt_of(300)
+    source = runner_of(paths[model], dtype=dtype, threads=2)
     expected = in_chunks(source, tokens, [])
-    given = row(tokens, 0, 100).block_table
-    whole = source.read_kv(given, 0, 99)
+    given = row(tokens, 0, 300).block_table
+    whole = source.read_kv(given, 0, 299)
     for kernels in ("native", "torch"):
         target = runner_of(
-            paths["llama"], dtype=dtype, block_size_tokens=block_size, kernels=kernels
+            paths[model], dtype=dtype, block_size_tokens=block_size, kernels=kernels, threads=2
         )
-        table = [5, 3, 9, 1, 7, 2, 8]
-        for first, last in ((0, 7), (7, 48), (48, 99)):
+        table = random.Random(0).sample(range(40), 19)
+        for first, last in ((0, 7), (7, 48), (48, 131), (131, 299)):
             part = np.ascontiguousarray(whole.data[:, :, first:last])
             target.write_kv(table, first, sealed(part))
-        again = target.read_kv(table, 0, 99)
+        again = target.read_kv(table, 0, 299)
         assert np.array_equal(again.data, whole.data)
         assert again.checksum == whole.checksum
-        found = logits_of(target, [BatchRow(tokens[99:], 99, table, row(tokens, 0, 1).sample)])[0]
+        found = logits_of(target, [BatchRow(tokens[299:], 299, table, row(tokens, 0, 1).sample)])[0]
         if kernels == "native":
             assert torch.equal(found, expected)
         else:

@@ -13,6 +13,8 @@ struct Engine {
   Engine(int threads, const char* cores) : team(threads, cores) {}
   virtual ~Engine() = default;
   virtual void step(const BatonBatch& batch) = 0;
+  // Where a layer's keys (plane 0) or values (plane 1) begin.
+  char* plane_at(int plane, int layer) const { return pool + kv.layer_bytes() * ((size_t)plane * model.num_layers + layer); }
   Team team;
   BatonModel model;
   KvShape kv;
@@ -111,12 +113,12 @@ void baton_step(void* engine, const BatonBatch* batch) { static_cast<Engine*>(en
 // Tokens [first, last) of a sequence between the pool and a wire plane [tokens, KV heads, D]; `plane` 0 holds keys, 1 values.
 void baton_read_kv(void* engine, int32_t plane, int32_t layer, const int32_t* table, int32_t first, int32_t last, void* wire) {
   Engine& e = *static_cast<Engine*>(engine);
-  move_kv<true>(e.kv, e.pool, e.model.num_layers, plane, layer, table, first, last, static_cast<char*>(wire));
+  move_kv<true>(e.team, e.kv, e.plane_at(plane, layer), plane == 0, table, first, last, static_cast<char*>(wire));
 }
 
 void baton_write_kv(void* engine, int32_t plane, int32_t layer, const int32_t* table, int32_t first, int32_t last, void* wire) {
   Engine& e = *static_cast<Engine*>(engine);
-  move_kv<false>(e.kv, e.pool, e.model.num_layers, plane, layer, table, first, last, static_cast<char*>(wire));
+  move_kv<false>(e.team, e.kv, e.plane_at(plane, layer), plane == 0, table, first, last, static_cast<char*>(wire));
 }
 
 }  // extern "C"
