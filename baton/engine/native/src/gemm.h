@@ -62,9 +62,10 @@ struct I8 {
 };
 
 // One tile: MR rows by NP panels, over lanes [first, last). `out` [MR][NP * 32] holds the sums up to `first`, and then up to `last`.
+// Weights are asked of memory `ahead` bytes before their use.
 template <class Op, int MR, int NP>
 struct Tile {
-  static void run(Rows a, const char* b, const uint16_t*, size_t panel_bytes, int first, int last, float* out) {
+  static void run(Rows a, const char* b, const uint16_t*, size_t panel_bytes, int first, int last, size_t ahead, float* out) {
     constexpr int NV = 2 * NP;
     __m512 sum[MR][NV];
     for (int m = 0; m < MR; ++m)
@@ -78,7 +79,7 @@ struct Tile {
       for (int v = 0; v < NV; ++v) {
         const char* at = b + (v / 2) * panel_bytes + (size_t)s * 128 + (v % 2) * 64;
         w[v] = _mm512_loadu_si512(at);
-        if (MR < 12) _mm_prefetch(at + 2048, _MM_HINT_T0);  // full tiles reuse what the first cache holds
+        _mm_prefetch(at + ahead, _MM_HINT_T0);
       }
 #pragma GCC unroll 12
       for (int m = 0; m < MR; ++m) {
@@ -98,7 +99,7 @@ struct Tile {
 // wants one factor unsigned; a group's sum starts at -128 times the sum of the row's values, which takes that back.
 template <int MR, int NP>
 struct Tile<I8, MR, NP> {
-  static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, float* out) {
+  static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, size_t ahead, float* out) {
     constexpr int NV = 2 * NP;
     __m512 sum[MR][NV];
     for (int m = 0; m < MR; ++m)
@@ -117,7 +118,7 @@ struct Tile<I8, MR, NP> {
         for (int v = 0; v < NV; ++v) {
           const char* at = b + (v / 2) * panel_bytes + (size_t)s * 128 + (v % 2) * 64;
           w[v] = _mm512_loadu_si512(at);
-          if (MR < 6) _mm_prefetch(at + 2048, _MM_HINT_T0);
+          _mm_prefetch(at + ahead, _MM_HINT_T0);
         }
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
@@ -144,7 +145,7 @@ struct Tile<I8, MR, NP> {
   }
 };
 
-using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, float*);
+using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, size_t, float*);
 
 // How many rows and panels a tile's sums leave registers for.
 template <class Op>
@@ -193,14 +194,18 @@ void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, 
     const char* b = w.data + panel * panel_bytes;
     const uint16_t* scales = w.scales ? w.scales + (size_t)panel * groups * PANEL : nullptr;
     if (rows <= most) {
-      tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, sums);
+      // The more rows, the longer a step takes, and the less the memory keeps up by itself.
+      const size_t ahead = std::clamp(rows * 1024, 2048, 8192);
+      tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, ahead, sums);
     } else {
       const int tiles = (rows + most - 1) / most;
       for (int step = 0; step < w.steps; step += BLOCK_STEPS) {
         const int last = std::min(step + BLOCK_STEPS, w.steps);
         for (int t = 0; t < tiles; ++t) {
           const int from = rows * t / tiles, to = rows * (t + 1) / tiles;
-          tile<Op>(to - from, 1)(a.from(first + from), b, scales, panel_bytes, step, last, sums + from * PANEL);
+          // The last one, after which these lanes are done with, asks for the next.
+          const size_t ahead = t == tiles - 1 ? BLOCK_STEPS * 4 * PANEL : 0;
+          tile<Op>(to - from, 1)(a.from(first + from), b, scales, panel_bytes, step, last, ahead, sums + from * PANEL);
         }
       }
     }
