@@ -16,13 +16,15 @@ KV, from which the next attempt goes on (`left`, `Moved`).
 An attempt that another router began, and decode still holds, is joined instead: `attach` reads on where decode's memory of it
 begins.
 
-Belongs to the request's task on the router's event loop. Children report through `_end`; they raise only for bugs.
+Belongs to the request's task on the router's event loop. What workers say is handled where it is read; that, and the attempt's
+children, report through `_end`, and raise only for bugs.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from baton import codec
@@ -49,7 +51,7 @@ from router.attempt_calls import Moved, Terms, attach_request, decode_request, p
 from router.members import Member, Pair, Watch
 from router.ordering import TokenOrder
 from router.outcome import AttemptStats, Failure, Stage
-from router.streams import Broken, Call, consume
+from router.streams import Broken, Call
 
 LEAVE_INTERVAL_S = 0.1
 """How often a draining worker is asked to hand an attempt over that it could not hand over before."""
@@ -120,7 +122,8 @@ class Attempt:
         self._decode_finish: FinishReason | None = None
         self._decode_has_ended = False
         """By its own word: there is nothing to release."""
-        self._over = asyncio.Event()
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls: list[Call] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = _stages(pair, attach=attach, moved=moved is not None)
         """What it goes through, for its durations."""
@@ -147,11 +150,13 @@ class Attempt:
                 decode.watch(of_decode)
                 if prefill is not None:
                     prefill.watch(of_prefill)
-                self._spawn(self._run_decode())
                 try:
-                    await self._over.wait()
+                    self._follow(self._call_decode, self._on_decode, self._on_decode_broken)
+                    await self._over
                 finally:
-                    self._over.set()
+                    self._over.cancel()
+                    for call in self._calls:
+                        call.cancel()
                     for task in self._tasks:
                         task.cancel()
                     # A cancelled task holds its frames, and these the attempt: memory that only a full collection would find.
@@ -164,6 +169,23 @@ class Attempt:
             if prefill is not None:
                 prefill.unwatch(of_prefill)
 
+    def _follow(
+        self,
+        start: Callable[[], Call],
+        handle: Callable[[Any], None],
+        on_end: Callable[[Broken], None],
+    ) -> None:
+        """Starts a call, unless nothing is to be done any more, and reads it until the attempt is over."""
+        if self._over.done():
+            return
+        try:
+            call = start()
+        except UnavailableError as error:
+            on_end(Broken(error, from_worker=False))
+            return
+        self._calls.append(call)
+        call.follow(handle, on_end, self._on_bug)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(self._group.create_task(work))
 
@@ -172,15 +194,18 @@ class Attempt:
 
     def _end(self, failure: Failure | None) -> None:
         """The first call decides."""
-        if not self._over.is_set():
+        if not self._over.done():
             self.failure = failure
-            self._over.set()
+            self._over.set_result(None)
+
+    def _on_bug(self, error: Exception) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
 
     # Decode's side.
 
-    async def _run_decode(self) -> None:
+    def _on_decode_broken(self, broken: Broken) -> None:
         member, source = self.pair.decode, self.pair.prefill
-        broken = await consume(self._call_decode, self._on_decode)
         self._decode_has_ended = broken.from_worker
         if self._decode_finish is not None:
             return  # It has said all; prefill's token, which comes another way, is still due.
@@ -193,7 +218,12 @@ class Attempt:
         token_is_due = self._has_kv.is_set() and source is not None and not self._has_first_token
         if failure.blame != member.worker_id or token_is_due:
             # Prefill's own word, about to come, says more: its token, that this was the last, or why it failed.
-            await asyncio.sleep(SOURCE_GRACE_S)
+            self._spawn(self._end_soon(failure))
+        else:
+            self._end(failure)
+
+    async def _end_soon(self, failure: Failure) -> None:
+        await asyncio.sleep(SOURCE_GRACE_S)
         self._end(failure)
 
     def _call_decode(self) -> Call:
@@ -207,7 +237,7 @@ class Attempt:
         return member.call_decode(request, self._remaining_s(), self.span.context)
 
     def _on_decode(self, response: decode_pb2.DecodeResponse) -> None:
-        if self._over.is_set():
+        if self._over.done():
             return
         match response.WhichOneof("event"):
             case "reserved":
@@ -235,7 +265,11 @@ class Attempt:
         self._enter(Stage.PREFILL)
         if self.pair.prefill is not None:
             self._on_prefill_sent()
-            self._spawn(self._run_prefill(self.pair.prefill, cached_tokens))
+            self._follow(
+                partial(self._call_prefill, self.pair.prefill, cached_tokens),
+                self._on_prefill,
+                self._on_prefill_broken,
+            )
 
     def _on_kv_received(self, received: decode_pb2.DecodeResponse.KvReceived) -> None:
         self._timeline.record(Event.KV_RECEIVED, time.monotonic())
@@ -252,7 +286,7 @@ class Attempt:
             self._moved = None
 
     def _on_decode_drains(self) -> None:
-        if not self._over.is_set():
+        if not self._over.done():
             self._spawn(self._leave())
 
     async def _leave(self) -> None:
@@ -294,22 +328,24 @@ class Attempt:
 
     # Prefill's side.
 
-    async def _run_prefill(self, member: Member, skip_tokens: int) -> None:
+    def _call_prefill(self, member: Member, skip_tokens: int) -> Call:
         sequence = self._sequence
         if self._computes_rest:
             sequence = replace(sequence, generated=())
         request = prefill_request(self._key, sequence, member, skip_tokens)
-        broken = await consume(
-            lambda: member.call_prefill(request, self._remaining_s(), self.span.context),
-            self._on_prefill,
-        )
+        return member.call_prefill(request, self._remaining_s(), self.span.context)
+
+    def _on_prefill_broken(self, broken: Broken) -> None:
+        member = self.pair.prefill
+        assert member is not None
         if not broken.from_worker:
             member.release_prefill(self._key)
         if not self._handed:
-            await self._outlive_prefill(Failure(self._own_deadline(broken.error), member.worker_id))
+            failure = Failure(self._own_deadline(broken.error), member.worker_id)
+            self._spawn(self._outlive_prefill(failure))
 
     def _on_prefill(self, response: prefill_pb2.PrefillResponse) -> None:
-        if self._over.is_set():
+        if self._over.done():
             return
         match response.WhichOneof("event"):
             case "started":
@@ -347,7 +383,7 @@ class Attempt:
 
     def _on_prefill_lost(self, error: UnavailableError) -> None:
         assert self.pair.prefill is not None
-        if not self._over.is_set():
+        if not self._over.done():
             self._spawn(self._outlive_prefill(Failure(error, self.pair.prefill.worker_id)))
 
     async def _outlive_prefill(self, failure: Failure) -> None:

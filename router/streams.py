@@ -24,12 +24,22 @@ class Broken:
 class Call(Protocol):
     """A call to a worker that streams responses."""
 
-    async def consume(self, handle: Callable[[Any], None]) -> Broken:
-        """Hands each response on until the stream ends; a BatonError that `handle` raises ends it too. The call is over afterwards,
-        whichever way this ends.
+    def follow(
+        self,
+        handle: Callable[[Any], None],
+        on_end: Callable[[Broken], None],
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """Hands each response on as it comes, in whoever's turn, and tells once how the stream ended; a BatonError that `handle` raises
+        ends it too. Anything else that the two raise is a bug: it goes to `on_bug`, and the call is over. To be called once, as soon as
+        there is a call.
 
         A stream that ends without a status of its own counts as broken: for a stream that is done, nobody asks.
         """
+        ...
+
+    def cancel(self) -> None:
+        """The call is over, and nothing more is told. Idempotent."""
         ...
 
 
@@ -38,8 +48,31 @@ class DirectCall:
 
     def __init__(self, call: Any) -> None:
         self._call = call
+        self._reading: asyncio.Task[None] | None = None
 
-    async def consume(self, handle: Callable[[Any], None]) -> Broken:
+    def follow(
+        self,
+        handle: Callable[[Any], None],
+        on_end: Callable[[Broken], None],
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """See `Call`."""
+
+        async def read() -> None:
+            try:
+                on_end(await self._read(handle))
+            except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever follows
+                on_bug(error)
+
+        self._reading = asyncio.create_task(read(), name="reads a worker's responses")
+
+    def cancel(self) -> None:
+        """See `Call`."""
+        self._call.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _read(self, handle: Callable[[Any], None]) -> Broken:
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -58,15 +91,6 @@ class DirectCall:
         finally:
             self._call.cancel()
         return Broken(InternalError("the stream ended early"), from_worker=True)
-
-
-async def consume(start: Callable[[], Call], handle: Callable[[Any], None]) -> Broken:
-    """Starts a call and consumes it; see `Call.consume`."""
-    try:
-        call = start()
-    except UnavailableError as error:
-        return Broken(error, from_worker=False)
-    return await call.consume(handle)
 
 
 def _not_ours(error: BatonError) -> BatonError:

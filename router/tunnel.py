@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ from baton.types import NO_TRACE, TraceContext
 from baton.v1 import tunnel_pb2, tunnel_pb2_grpc
 from router.streams import Broken
 
+_Follower = tuple[Callable[[Any], None], Callable[[Broken], None], Callable[[Exception], None]]
+
 REOPEN_S = 1.0
 """How long a tunnel that broke is not opened again."""
 MESSAGE_BYTES = 256 * 1024
@@ -27,48 +30,57 @@ MESSAGE_BYTES = 256 * 1024
 
 
 class TunnelledCall:
-    """One call; `consume` reads it."""
+    """One call; see `router.streams.Call`."""
 
-    def __init__(
-        self, parse: Callable[[bytes], Any], cancel: Callable[["TunnelledCall"], None]
-    ) -> None:
+    def __init__(self, parse: Callable[[bytes], Any], let_go: Callable[[], None]) -> None:
+        """`let_go` has the worker end it, where it has not."""
         self._parse = parse
-        self._cancel = cancel
-        self._handle: Callable[[Any], None] | None = None
-        self._early: list[bytes] = []
-        self._broken: asyncio.Future[Broken] = asyncio.get_running_loop().create_future()
+        self._let_go = let_go
+        self._follower: _Follower | None = None
+        """None once nothing more is to be told."""
 
-    async def consume(self, handle: Callable[[Any], None]) -> Broken:
-        """See `router.streams.consume`. `handle` is called as responses come, whether or not this task has its turn."""
-        self._handle = handle
-        for response in self._early:
-            self.deliver(response)
-        try:
-            return await self._broken
-        finally:
-            self._handle = None
-            self._cancel(self)
+    def follow(
+        self,
+        handle: Callable[[Any], None],
+        on_end: Callable[[Broken], None],
+        on_bug: Callable[[Exception], None],
+    ) -> None:
+        """See `Call`. Precondition: the event loop has made no step since the call was started."""
+        self._follower = (handle, on_end, on_bug)
+
+    def cancel(self) -> None:
+        """See `Call`."""
+        self._follower = None
+        self._let_go()
 
     def deliver(self, response: bytes) -> None:
         """The next response has come."""
-        if self._broken.done():
+        if self._follower is None:
             return
-        if self._handle is None:
-            self._early.append(response)
-            return
+        handle, _, on_bug = self._follower
         try:
-            self._handle(self._parse(response))
+            handle(self._parse(response))
         except DecodeError:
-            self.end(Broken(InternalError("a response is no valid message"), from_worker=True))
+            self._give_up(InternalError("a response is no valid message"))
         except BatonError as error:
-            self.end(Broken(error, from_worker=True))
-        except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever consumes
-            self._broken.set_exception(error)
+            self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever follows
+            self.cancel()
+            on_bug(error)
 
     def end(self, broken: Broken) -> None:
-        """No more will come. The first call decides."""
-        if not self._broken.done():
-            self._broken.set_result(broken)
+        """No more will come."""
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            _, on_end, on_bug = follower
+            try:
+                on_end(broken)
+            except Exception as error:  # noqa: BLE001 - likewise; other calls are in the same stream
+                on_bug(error)
+
+    def _give_up(self, error: BatonError) -> None:
+        self._let_go()
+        self.end(Broken(error, from_worker=True))
 
 
 class Tunnel:
@@ -107,7 +119,7 @@ class Tunnel:
         if self._next_bytes + len(body) > MESSAGE_BYTES:
             self._full.append(self._take_next())
         number = next(self._ids)
-        call = self._calls[number] = TunnelledCall(parse, lambda call: self._let_go(number, call))
+        call = self._calls[number] = TunnelledCall(parse, partial(self._let_go, number))
         self._next.starts.add(
             call=number,
             method=method,
@@ -191,9 +203,8 @@ class Tunnel:
             if call is not None:
                 call.end(_end_of(end.status))
 
-    def _let_go(self, number: int, call: TunnelledCall) -> None:
-        if self._calls.get(number) is call:
-            del self._calls[number]
+    def _let_go(self, number: int) -> None:
+        if self._calls.pop(number, None) is not None:
             self._next.cancels.append(number)
             self._changed.set()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -42,8 +42,17 @@ class Far:
     async def answer(self, *ids: int, method: str = METHOD) -> tuple[list[list[int]], Broken]:
         got: list[list[int]] = []
         call = self.start(*ids, method=method)
-        broken = await call.consume(lambda response: got.append(list(response.ids)))
-        return got, broken
+        return got, await end_of(call, lambda response: got.append(list(response.ids)))
+
+
+async def end_of(call: TunnelledCall, handle: Callable[[Any], None]) -> Broken:
+    """Follows a call to its end. Raises what `handle` does, where that is a bug."""
+    ended: asyncio.Future[Broken] = asyncio.get_running_loop().create_future()
+    call.follow(handle, ended.set_result, ended.set_exception)
+    try:
+        return await ended
+    finally:
+        call.cancel()
 
 
 @asynccontextmanager
@@ -118,12 +127,24 @@ async def test_an_error_of_the_reader_ends_the_call_and_frees_the_handler() -> N
         raise InvalidRequestError(FieldViolation("response", "not expected"))
 
     async with far(forever) as here:
-        broken = await here.start(1).consume(refuse)
+        broken = await end_of(here.start(1), refuse)
         assert isinstance(broken.error, InvalidRequestError)
         await over.wait()
 
 
-async def test_a_cancelled_reader_frees_the_handler_and_no_other_call() -> None:
+async def test_a_bug_of_the_reader_is_its_own() -> None:
+    """It neither ends the call as if the worker had failed, nor the tunnel."""
+
+    def err(_response: object) -> None:
+        raise ZeroDivisionError
+
+    async with far(echo) as here:
+        with pytest.raises(ZeroDivisionError):
+            await end_of(here.start(1), err)
+        assert (await here.answer(2))[0] == [[2]]
+
+
+async def test_a_cancelled_call_frees_its_handler_and_no_other_call() -> None:
     over: dict[int, asyncio.Event] = {1: asyncio.Event(), 2: asyncio.Event()}
     go_on = asyncio.Event()
 
@@ -136,14 +157,14 @@ async def test_a_cancelled_reader_frees_the_handler_and_no_other_call() -> None:
             over[request.ids[0]].set()
 
     async with far(wait) as here:
-        seen = asyncio.Event()
-        first = asyncio.create_task(here.start(1).consume(lambda _: seen.set()))
+        seen, told = asyncio.Event(), list[object]()
+        first = here.start(1)
+        first.follow(lambda _: seen.set(), told.append, told.append)
         second = asyncio.create_task(here.answer(2))
         await seen.wait()
         first.cancel()
-        with suppress(asyncio.CancelledError):
-            await first
         await over[1].wait()
+        assert not told
         assert not over[2].is_set()
         go_on.set()
         got, _ = await second
@@ -228,11 +249,11 @@ async def test_a_tunnel_that_finishes_was_read_to_its_end() -> None:
     got: list[int] = []
     async with far(say) as here:
         call = here.start(*range(50))
-        consuming = asyncio.create_task(call.consume(lambda response: got.extend(response.ids)))
+        ending = asyncio.create_task(end_of(call, lambda response: got.extend(response.ids)))
         await ended.wait()
         await here.servicer.finish(10)
         assert got == list(range(50))
-        assert (await consuming).from_worker
+        assert (await ending).from_worker
         assert not here.tunnel.is_open
 
 
