@@ -79,6 +79,7 @@ class Attempt:
         pair: Pair,
         *,
         sink: Sink,
+        on_finished: Callable[[], None] = lambda: None,
         timeline: Timeline,
         deadline_s: float,
         terms: Terms,
@@ -98,6 +99,7 @@ class Attempt:
         self._sequence = sequence
         self.pair = pair
         self._sink = sink
+        self._on_finished = on_finished
         self._timeline = timeline
         self._deadline_s = deadline_s
         self._terms = terms
@@ -420,6 +422,8 @@ class Attempt:
         if self._order.holds_any:
             raise InternalError("decode left out a token")
         self.finish_reason = self._decode_finish
+        # Before the stream's turn, which takes the last tokens: what is left of the text goes with them.
+        self._on_finished()
         self._end(None)
 
     def _saw_cached(self, tokens: int) -> None:

@@ -128,7 +128,7 @@ class Output:
         return count < len(offered) or self.stop is not None or self.overflowed
 
     def finish(self) -> None:
-        """The output is complete: the text that was held back is given out too."""
+        """The output is complete: the text that was held back is given out too. Idempotent."""
         self._finished = True
         self._on_change()
 
