@@ -125,7 +125,9 @@ class Attempt:
         self._decode_has_ended = False
         """By its own word: there is nothing to release."""
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._calls: list[Call] = []
+        self._decode_call: Call | None = None
+        self._prefill_call: Call | None = None
+        """Those that the worker does not end by itself, now that it has said its last."""
         self._tasks: list[asyncio.Task[None]] = []
         self.stages = _stages(pair, attach=attach, moved=moved is not None)
         """What it goes through, for its durations."""
@@ -153,12 +155,15 @@ class Attempt:
                 if prefill is not None:
                     prefill.watch(of_prefill)
                 try:
-                    self._follow(self._call_decode, self._on_decode, self._on_decode_broken)
+                    self._decode_call = self._follow(
+                        self._call_decode, self._on_decode, self._on_decode_broken
+                    )
                     await self._over
                 finally:
                     self._over.cancel()
-                    for call in self._calls:
-                        call.cancel()
+                    for call in (self._decode_call, self._prefill_call):
+                        if call is not None:
+                            call.cancel()
                     for task in self._tasks:
                         task.cancel()
                     # A cancelled task holds its frames, and these the attempt: memory that only a full collection would find.
@@ -176,17 +181,17 @@ class Attempt:
         start: Callable[[], Call],
         handle: Callable[[Any], None],
         on_end: Callable[[Broken], None],
-    ) -> None:
-        """Starts a call, unless nothing is to be done any more, and reads it until the attempt is over."""
+    ) -> Call | None:
+        """Starts a call, unless nothing is to be done any more."""
         if self._over.done():
-            return
+            return None
         try:
             call = start()
         except UnavailableError as error:
             on_end(Broken(error, from_worker=False))
-            return
-        self._calls.append(call)
+            return None
         call.follow(handle, on_end, self._on_bug)
+        return call
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(self._group.create_task(work))
@@ -251,7 +256,7 @@ class Attempt:
                 self._deliver(codec.chunk_from_proto(response.tokens))
             case "finished":
                 self.stats.preemptions = response.finished.preemptions
-                self._decode_has_ended = True
+                self._decode_has_ended, self._decode_call = True, None
                 self._decode_finish = codec.finish_reason_from_proto(response.finished.reason)
                 if self._decode_finish is None:
                     raise InternalError("decode finished without a reason")
@@ -267,7 +272,7 @@ class Attempt:
         self._enter(Stage.PREFILL)
         if self.pair.prefill is not None:
             self._on_prefill_sent()
-            self._follow(
+            self._prefill_call = self._follow(
                 partial(self._call_prefill, self.pair.prefill, cached_tokens),
                 self._on_prefill,
                 self._on_prefill_broken,
@@ -357,7 +362,7 @@ class Attempt:
             case "first_token":
                 self._on_first_token(response.first_token)
             case "handed":
-                self._handed = True
+                self._handed, self._prefill_call = True, None
             case "progress":
                 pass
             case _:
