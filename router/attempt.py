@@ -3,9 +3,9 @@
     decode   Decode ─▶ Reserved ───────────────▶ KvReceived ─▶ TokenChunk… ─▶ Finished
     prefill              └─▶ Prefill(skip) ─▶ Started ─▶ FirstToken ─▶ Handed
 
-Tokens reach the sink strictly by index: no gap, no repeat, the first one as soon as prefill has it. However an attempt ends,
-both calls are cancelled and the workers told to free what they hold; that is idempotent on their side. A worker that is lost from the
-fleet fails the attempt at once, so that one that hangs is bounded by its lease.
+Tokens reach the sink strictly by index: no gap, no repeat, the first one as soon as prefill has it. However an attempt ends, its calls
+are cancelled, unless their workers have said their last, and the workers told to free what they hold; that is idempotent on their side.
+A worker that is lost from the fleet fails the attempt at once, so that one that hangs is bounded by its lease.
 
 Once decode holds the KV, prefill's fate does not matter; between the first token and that moment, decode is given
 `HANDOFF_GRACE_S` to say so.
