@@ -5,8 +5,7 @@ All methods are called on the process's event loop. Health starts as NOT_SERVING
 port of its own answers health, and nothing else, in plaintext.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -45,7 +44,6 @@ class GrpcServer:
             interceptors=[ErrorInterceptor(access or OpenAccess())],
             options=_server_options(settings, share_port=share_port),
         )
-        self._handlers = cast("grpc.aio.Server", _Handlers(self._server))
         self._health = HealthServicer()
         self._probed: grpc.aio.Server | None = None
         self.port = 0
@@ -55,13 +53,13 @@ class GrpcServer:
 
     def register(self, add: Callable[[grpc.aio.Server], None]) -> None:
         """Calls `add` with the server, to add a servicer. Before `start` only."""
-        add(self._handlers)
+        add(self._server)
 
     async def start(self) -> int:
         """Binds and serves; returns the port. Raises `UnavailableError` where the address cannot be bound, `InvalidRequestError` where
         the certificates are unusable.
         """
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self.set_serving(serving=False)
         if self._settings.reflection:
             names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -108,21 +106,6 @@ class GrpcServer:
         await self._server.stop(grace_s)
         if self._probed is not None:
             await self._probed.stop(0)
-
-
-class _Handlers:
-    """What generated code adds a servicer to. gRPC would wait for calls of each registered method apart, and take up all of these waits
-    anew for each call that comes: it gets none, and finds handlers by name.
-    """
-
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
-        self._server.add_generic_rpc_handlers(handlers)
-
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """Nothing."""
 
 
 def _server_options(settings: ServerSettings, *, share_port: bool) -> list[tuple[str, int]]:
