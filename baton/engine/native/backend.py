@@ -17,7 +17,7 @@ from baton.engine.native.weights import Weights
 from baton.kv.spec import KVSpec, SealedKV
 from baton.kv.wire_buffers import WireBuffers
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - opened without following links, readable by its owner only
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - links are not followed, and a file of another user's is left alone
 
 
 class NativeBackend:

@@ -10,6 +10,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,9 +41,12 @@ class Cores {
     sched_getaffinity(0, sizeof(cores), &cores);
     num_cores_ = std::max(1, CPU_COUNT(&cores));
     if (path == nullptr) return;
-    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     if (file < 0) return;
-    if (ftruncate(file, BYTES) == 0) {
+    struct stat found;
+    // Whoever else could cut the file would end this process, and so would a page for which the file system has no room.
+    const bool ours = fstat(file, &found) == 0 && S_ISREG(found.st_mode) && found.st_uid == geteuid() && (found.st_mode & 022) == 0;
+    if (ours && posix_fallocate(file, 0, BYTES) == 0) {
       void* page = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
       if (page != MAP_FAILED) slots_ = static_cast<Slot*>(page);
     }
