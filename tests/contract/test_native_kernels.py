@@ -1,7 +1,11 @@
 """The native kernels: what they compute is what torch computes, and a row's result depends on the row alone, bit by bit."""
 
 import itertools
+import os
 import random
+import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +16,13 @@ import torch
 
 from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
-from baton.engine.native.library import NEEDED, find_library, processor_flags
+from baton.engine.native.library import NEEDED, Library, Pool, find_library, processor_flags
 from baton.engine.runner import ModelRunner
 from baton.errors import CorruptKVError, ModelLoadError
 from baton.kv.checksum import sealed
 from baton.kv.spec import SealedKV, WeightFormat
 from tests import oracle
+from tests.native_program import tiny_model
 
 pytestmark = pytest.mark.skipif(
     not processor_flags() >= NEEDED, reason=f"this processor lacks {NEEDED - processor_flags()}"
@@ -37,7 +42,8 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    assert find_library() is not None, "not compiled: apt-get install g++ && make clean install"
+    found = find_library()
+    assert isinstance(found, Library), f"{found}: apt-get install g++ && make clean install"
     folder = tmp_path_factory.mktemp("native")
     return {
         name: oracle.save(lambda build=build: build(max_position_embeddings=2048), folder / name)  # type: ignore[misc]
@@ -200,6 +206,41 @@ def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(
         thread.join(50)
         assert not thread.is_alive()
     assert not wrong
+
+
+def test_what_the_system_refuses_is_an_error_and_the_engine_goes_on() -> None:
+    """Promise: neither memory nor threads that are used up end the process."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.native_program"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    step, again, engine = ended.stdout.splitlines()
+    assert step.startswith("a step of 4000000 tokens: ")
+    assert again == "same"
+    assert engine.startswith("no engine of 64 threads: ")
+
+
+def test_only_a_file_of_ones_own_is_shared_with_other_engines(tmp_path: Path) -> None:
+    """Promise: a user who may cut the file in which engines meet, and so end whoever reads it, finds no engine there. The page that is
+    shared has its room on the file system from the start.
+    """
+    library = find_library()
+    assert isinstance(library, Library)
+    model, _alive = tiny_model(library)
+    pool = np.zeros(4096, np.uint8)
+    paths = [tmp_path / name for name in ("own", "others", "link", "pipe")]
+    own, others, link, pipe = paths
+    others.touch()
+    others.chmod(0o666)
+    link.symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(pipe)
+    for path in paths:
+        engine = library.engine(model, Pool(pool.ctypes.data, 1, 16), 2, str(path))
+        library.free_engine(engine)
+    assert own.stat().st_blocks * 512 >= 4096
+    assert stat.S_IMODE(own.stat().st_mode) == 0o600
+    assert others.stat().st_size == 0
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(

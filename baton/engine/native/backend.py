@@ -36,12 +36,10 @@ class NativeBackend:
         """Engines of one user on this machine divide the cores among those that compute; `threads` is what a lone one uses."""
         self._library, self._weights = library, weights
         self._pool = NativePool(spec, num_blocks=num_blocks, block_size_tokens=block_size_tokens)
-        engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
-        assert engine is not None, "a combination of formats that is not compiled"
-        self._engine = engine
+        self._engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
         # At exit the process frees all, and the engine's thread may still compute.
-        weakref.finalize(self, library.free_engine, engine).atexit = False
-        self._copies = KVCopies(library, engine, spec, WireBuffers())
+        weakref.finalize(self, library.free_engine, self._engine).atexit = False
+        self._copies = KVCopies(library, self._engine, spec, WireBuffers())
         self._logits = torch.empty(0, dtype=torch.float32)
 
     def compute(self, rows: Sequence[BatchRow]) -> Logits:

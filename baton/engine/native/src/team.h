@@ -117,32 +117,34 @@ class Team {
       : cores_(cores_path), size_(num_threads), helpers_(num_threads - 1) {
     CPU_ZERO(&allowed_cores_);
     sched_getaffinity(0, sizeof(allowed_cores_), &allowed_cores_);
-    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
+    try {
+      for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
-  ~Team() {
-    stopping_.store(true);
-    wake();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~Team() { stop(); }
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
 
-  // A step begins: helpers come.
-  void begin() {
-    active_.store(true, std::memory_order_seq_cst);
-    divide();
-  }
+  // A step, from its beginning to its end, however that comes: helpers are there.
+  class Step {
+   public:
+    explicit Step(Team& team) : team_(team) { team_.begin(); }
+    ~Step() { team_.end(); }
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
 
-  void end() {
-    active_.store(false, std::memory_order_relaxed);
-    cores_.sign(false);
-  }
+   private:
+    Team& team_;
+  };
 
-  // Computes parts [0, count), each once, and returns when all are done.
+  // Computes parts [0, count), each once, and returns when all are done. The body throws nothing.
   template <class Body>
   void run(int count, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -169,6 +171,22 @@ class Team {
   }
 
  private:
+  void begin() {
+    active_.store(true, std::memory_order_seq_cst);
+    divide();
+  }
+
+  void end() {
+    active_.store(false, std::memory_order_relaxed);
+    cores_.sign(false);
+  }
+
+  void stop() {
+    stopping_.store(true);
+    wake();
+    for (auto& thread : threads_) thread.join();
+  }
+
   static constexpr int PATIENT_SPINS = 2000;
   static constexpr int64_t LINGER_NS = 60000;
 
