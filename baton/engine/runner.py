@@ -67,7 +67,12 @@ class ModelRunner:
             )
             if num_blocks == 0:
                 raise ModelLoadError(config.model, "no memory is left for the KV pool")
-            self.backend = loaded(spec, num_blocks)
+            try:
+                self.backend = loaded(spec, num_blocks)
+            except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+                raise ModelLoadError(
+                    config.model, f"no engine with {num_blocks} blocks of KV: {error}"
+                ) from error
         self._info = EngineInfo(
             model=directory.resolve().name if Path(config.model).is_dir() else config.model,
             spec=spec,
