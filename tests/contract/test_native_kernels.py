@@ -18,7 +18,7 @@ from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
 from baton.engine.native.library import NEEDED, Library, Pool, find_library, processor_flags
 from baton.engine.runner import ModelRunner
-from baton.errors import CorruptKVError, ModelLoadError
+from baton.errors import CorruptKVError, InternalError, ModelLoadError
 from baton.kv.checksum import sealed
 from baton.kv.spec import SealedKV, WeightFormat
 from tests import oracle
@@ -184,6 +184,32 @@ def test_corrupt_kv_is_refused_and_leaves_nothing(paths: dict[str, Path]) -> Non
     with pytest.raises(CorruptKVError):
         runner.write_kv(table, 0, SealedKV(broken, whole.checksum))
     assert not runner.read_kv(table, 0, 40).data.any()
+
+
+@pytest.mark.parametrize("place", [0, 5, 15])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_eight_bit_activations_hide_no_number_that_is_none(
+    paths: dict[str, Path], bad: float, place: int
+) -> None:
+    """Promise: what is computed from a value that is not finite is an error of its request, in every format, not a token."""
+    runner = runner_of(paths["llama"], weights=INT8)
+    tokens = oracle.prompt_of(40)
+    logits_of(runner, [row(tokens, 0, 40)])
+    table = row(tokens, 0, 40).block_table
+    values = runner.read_kv(table, 0, 39).data.copy()
+    values[1, 0, 7, 0, place] = bad
+    runner.write_kv(table, 0, sealed(values))
+    with pytest.raises(InternalError):
+        runner.run([row(tokens, 39, 40)])
+
+
+def test_wire_buffers_in_pieces_are_not_read_beyond_their_ends(paths: dict[str, Path]) -> None:
+    """The kernels know an address and a number of tokens, no strides."""
+    runner = runner_of(paths["llama"])
+    whole = runner.read_kv([0, 1], 0, 32)
+    apart = whole.data[:, :, ::2]
+    with pytest.raises(AssertionError, match="one piece"):
+        runner.write_kv([0], 0, SealedKV(apart, whole.checksum))
 
 
 def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(

@@ -53,6 +53,7 @@ class KVCopies:
         tokens = kv.data.shape[2]
         assert kv.data.shape == self.spec.wire_shape(tokens), kv.data.shape
         assert kv.data.dtype == self.spec.dtype.wire_dtype, kv.data.dtype
+        assert kv.data.flags.c_contiguous, "the kernels read it as one piece"
         table, checksum = np.array(block_table, np.int32), RunningChecksum()
         for plane, layer in self._planes():
             source = kv.data[plane, layer]

@@ -118,7 +118,7 @@ class Activations {
   }
 
  private:
-  // By groups: 127 stands for the greatest magnitude.
+  // By groups: 127 stands for the greatest magnitude. What is no number makes a scale that is none either.
   void quantize(int row, const float* x, int k) {
     const int groups = steps_ / GROUP_STEPS;
     char* to = this->row(row);
@@ -126,12 +126,14 @@ class Activations {
     for (int g = 0; g < groups; ++g) {
       __m512 part[4];
       __m512 most = _mm512_setzero_ps();
+      __mmask16 none = 0;
       for (int i = 0; i < 4; ++i) {
         const int at = g * GROUP + i * 16;
         part[i] = at < k ? _mm512_loadu_ps(x + at) : _mm512_setzero_ps();
         most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
+        none |= _mm512_cmp_ps_mask(part[i], part[i], _CMP_UNORD_Q);
       }
-      const float scale = _mm512_reduce_max_ps(most) / 127.0f;
+      const float scale = none != 0 ? NAN : _mm512_reduce_max_ps(most) / 127.0f;
       const __m512 by = _mm512_set1_ps(scale);
       alignas(64) int8_t bytes[GROUP];
       for (int i = 0; i < 4; ++i) {
