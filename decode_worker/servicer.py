@@ -100,7 +100,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if attempt.holder != request.holder:
             raise PreconditionError(f"another router reads attempt {key}")
         held = await self._host.engine.hold(key)
-        attempt.stop_at(held.newest_token)
+        attempt.stop_at(held)
         return decode_pb2.HandOverResponse(end_index=held.end_index)
 
     async def Release(  # noqa: N802

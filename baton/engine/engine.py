@@ -168,14 +168,16 @@ class PagedEngine:
         state = self._requests.get(key)
         generates = (
             state is not None
-            and state.stage is Stage.RUNNING
+            and state.mode is not Mode.PREFILL
+            and state.stage in {Stage.RUNNING, Stage.HELD}
             and len(state.tokens) > state.num_given
             and state.num_computed == len(state.tokens) - 1
         )
         if state is None or not generates:
             raise PreconditionError(f"attempt {key} does not generate")
-        self._running.remove(state)
-        state.stage = Stage.HELD
+        if state.stage is Stage.RUNNING:
+            self._running.remove(state)
+            state.stage = Stage.HELD
         return Held(len(state.output), state.output[-1])
 
     def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:

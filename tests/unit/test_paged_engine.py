@@ -242,11 +242,19 @@ def test_only_a_request_that_generates_can_be_stopped() -> None:
     while not any(isinstance(event, Token) for event in engine.step()):
         with pytest.raises(PreconditionError):
             engine.hold(key())
-    engine.hold(key())
+    held = engine.hold(key())
+    assert engine.hold(key()) == held, "who was not told may ask again"
+    engine.release(key())
+    engine.check_integrity()
+
+
+def test_a_prompt_that_is_held_for_its_handoff_does_not_generate() -> None:
+    engine = build_sim_engine(BIG)
+    engine.add(request(prompt_of(50), mode=Mode.PREFILL))
+    run(engine)
     with pytest.raises(PreconditionError):
         engine.hold(key())
     engine.release(key())
-    engine.check_integrity()
 
 
 def test_without_a_kv_cache_the_tokens_are_the_same() -> None:
