@@ -212,6 +212,20 @@ def test_wire_buffers_in_pieces_are_not_read_beyond_their_ends(paths: dict[str, 
         runner.write_kv([0], 0, SealedKV(apart, whole.checksum))
 
 
+def test_tokens_that_no_block_holds_never_reach_the_kernels(paths: dict[str, Path]) -> None:
+    """They know addresses, and would read and write whatever stands behind."""
+    runner = runner_of(paths["llama"])
+    for tokens, start in (([], 3), ([5] * 20, 0), ([5], 16)):
+        with pytest.raises(AssertionError):
+            logits_of(runner, [BatchRow(tokens, start, [0], None)])
+    for first, last in ((0, 17), (16, 17), (3, 3), (-1, 4)):
+        with pytest.raises(AssertionError):
+            runner.read_kv([0], first, last)
+    kv = runner.read_kv([0], 0, 2)
+    with pytest.raises(AssertionError):
+        runner.write_kv([0], 15, kv)
+
+
 def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(
     paths: dict[str, Path],
 ) -> None:

@@ -39,7 +39,9 @@ class NativeBackend:
         self._engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
         # At exit the process frees all, and the engine's thread may still compute.
         weakref.finalize(self, library.free_engine, self._engine).atexit = False
-        self._copies = KVCopies(library, self._engine, spec, WireBuffers())
+        self._copies = KVCopies(
+            library, self._engine, spec, WireBuffers(), block_size_tokens=block_size_tokens
+        )
         self._logits = torch.empty(0, dtype=torch.float32)
 
     def compute(self, rows: Sequence[BatchRow]) -> Logits:
@@ -48,7 +50,11 @@ class NativeBackend:
         tables: list[int] = []
         sampled: list[int] = []
         wanted: list[int] = []
+        block_size: int = self._pool.pool.block_size
         for index, row in enumerate(rows):
+            # The kernels check nothing.
+            end = row.start + len(row.token_ids)
+            assert row.start < end <= len(row.block_table) * block_size, (row.start, end)
             layout += (len(tokens), len(row.token_ids), row.start, len(tables))
             tokens += row.token_ids
             tables += row.block_table
