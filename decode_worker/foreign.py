@@ -106,10 +106,10 @@ class ForeignDecode:
         if handed is None:
             rest = self._local(request, 0, sequence, end_s)
         else:
-            yield Tokens(0, handed.first)
             finish = self._finish_of(handed.first.token_ids[0], sequence)
             if finish is not None:
                 self._give_back(handed)
+                yield Tokens(0, handed.first)
                 yield Placed(0, handed.cached_tokens)
                 yield Finished(0, finish)
                 return
@@ -121,7 +121,7 @@ class ForeignDecode:
     async def _pulled(
         self, request: ForeignRequest, sequence: Sequence, handed: HandedOver, end_s: float
     ) -> AsyncGenerator[LegEvent, None]:
-        """What follows the first token: by prefill's KV, and without it where it cannot be had."""
+        """The first token, and what follows it: by prefill's KV, and without it where it cannot be had."""
         # The KV is there, or gone: whoever does not answer soon is not waited for.
         timeout_s = min(end_s - time.monotonic(), self._host.settings.handoff_timeout_s)
         job = DecodeJob(
@@ -136,6 +136,7 @@ class ForeignDecode:
         )
         is_here = False
         try:
+            yield Tokens(0, handed.first)
             async with aclosing(self._decoder.run(job)) as events:
                 async for event in events:
                     is_here |= isinstance(event, JobKvReceived)

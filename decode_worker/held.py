@@ -17,8 +17,9 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from baton.engine.base import Held
 from baton.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -76,9 +77,10 @@ class _Reader:
             self._writing = None
 
     def leave(self) -> None:
-        """Gives up the write that is under way: a router that froze would hold the attempt up for good."""
-        if self._writing is not None:
-            self._writing.reschedule(asyncio.get_running_loop().time())
+        """Gives up the write that is under way: a router that froze would hold the attempt up for good. Idempotent."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.reschedule(asyncio.get_running_loop().time())
 
     def replace(self) -> None:
         """Another call reads the attempt from now on. Idempotent."""
@@ -106,7 +108,9 @@ class HeldAttempt:
         self._grace: asyncio.TimerHandle | None = None
         self._ended_by: BatonError | None = None
         self._stopped: Ready | None = None
-        """Where it was stopped, with the newest token."""
+        """Where it was stopped, with the newest token, whose log-probabilities may yet have to be told."""
+        self._stopped_index = 0
+        """Output position after that token."""
         self.holder = ""
         """Who read it last."""
         self.task: asyncio.Task[None]
@@ -121,16 +125,22 @@ class HeldAttempt:
         """Whether no more tokens will come, and the last one has not."""
         return (self.task.done() or self._stopped is not None) and self._finished is None
 
-    def stop_at(self, newest_token: int) -> None:
-        """It generates no more, and its KV is held. Precondition: that token was the last one that it told."""
-        logprobs = self._logprobs[-1] if self._logprobs else None
-        self._stopped = Ready(newest_token, time.time(), logprobs)
+    def stop_at(self, held: Held) -> None:
+        """It generates no more, and its KV is held. Idempotent."""
+        if self._stopped is None:
+            self._stopped, self._stopped_index = (
+                Ready(held.newest_token, time.time()),
+                held.end_index,
+            )
 
     def stopped_at(self) -> Ready:
         """What a decode worker that goes on must know. Raises `PreconditionError` where it was not stopped."""
         if self._stopped is None:
             raise PreconditionError(f"attempt {self.job.key} was not handed over")
-        return self._stopped
+        # A reader that is slow may have kept it from telling its last tokens.
+        if not self._logprobs or self.end_index != self._stopped_index:
+            return self._stopped
+        return replace(self._stopped, logprobs=self._logprobs[-1])
 
     def start(self) -> None:
         """Begins the work."""
@@ -202,7 +212,11 @@ class HeldAttempt:
     def _begin_grace(self) -> None:
         if not self.task.done():
             loop = asyncio.get_running_loop()
-            self._grace = loop.call_later(self.terms.grace_s, self.task.cancel)
+            self._grace = loop.call_later(self.terms.grace_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._ended_by = UnavailableError(f"attempt {self.job.key} was read by nobody for too long")
+        self.task.cancel()
 
     async def _run(self) -> None:
         timer = asyncio.timeout(self.job.timeout_s)

@@ -1,5 +1,7 @@
 """DecodeService over gRPC: protobuf in, protobuf out; the work is `decode_worker.decoder`'s. Runs on the worker's event loop."""
 
+import math
+
 from baton.codec import (
     chunk_to_proto,
     finish_reason_to_proto,
@@ -61,7 +63,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             trace=trace_of(context.invocation_metadata() or ()),
         )
         bind_attempt(job.key)
-        terms = Terms(record=record_from_proto(request.record), grace_s=request.grace_seconds)
+        terms = Terms(record=record_from_proto(request.record), grace_s=_grace_s(request))
         attempt = self._attempts.start(job, terms, self._decoder.run(job))
 
         async def write(event: JobEvent) -> None:
@@ -100,7 +102,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if attempt.holder != request.holder:
             raise PreconditionError(f"another router reads attempt {key}")
         held = await self._host.engine.hold(key)
-        attempt.stop_at(held.newest_token)
+        attempt.stop_at(held)
         return decode_pb2.HandOverResponse(end_index=held.end_index)
 
     async def Release(  # noqa: N802
@@ -120,6 +122,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             info=worker_info_to_proto(self._host.info),
             load=load_to_proto(self._host.engine.load),
         )
+
+
+def _grace_s(request: decode_pb2.DecodeRequest) -> float:
+    if not 0 <= request.grace_seconds < math.inf:
+        raise InvalidRequestError(FieldViolation("grace_seconds", "must be finite and >= 0"))
+    return request.grace_seconds
 
 
 def _source(request: decode_pb2.DecodeRequest) -> str | None:

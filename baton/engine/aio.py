@@ -218,7 +218,7 @@ class AsyncEngine:
         stream = self._streams.get(key)
         if stream is not None:
             stream.fail(InternalError(f"attempt {key} was released"))
-        return await self._call(lambda engine: engine.release(key))
+        return await asyncio.shield(self._send(lambda engine: engine.release(key)))
 
     async def check_integrity(self) -> None:
         """See `Engine.check_integrity`."""
@@ -253,11 +253,17 @@ class AsyncEngine:
             self._fail("the engine was stopped")
 
     async def _call(self, command: Callable[[Engine], _T]) -> _T:
+        """What `command` returns. A caller that is cancelled before the engine gets to it leaves the engine as it is."""
+        return await self._send(command)
+
+    def _send(self, command: Callable[[Engine], _T]) -> asyncio.Future[_T]:
         if self._failure is not None:
             raise InternalError(self._failure)
         future: asyncio.Future[_T] = self._loop.create_future()
 
         def run(engine: Engine, results: list[Callable[[], None]]) -> None:
+            if future.cancelled():
+                return
             try:
                 value = command(engine)
             except Exception as error:  # noqa: BLE001 - it belongs to the caller
@@ -268,7 +274,7 @@ class AsyncEngine:
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         self._commands.put(run)
-        return await future
+        return future
 
     def _post(self, command: Callable[[Engine], object]) -> None:
         """Like `_call`, for commands that cannot fail and that nobody waits for."""

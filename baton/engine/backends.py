@@ -34,19 +34,18 @@ def load_model(
 ) -> WithPool:
     """Loads the weights; how many blocks memory has room for shows only afterwards. `config` is resolved. Raises `ModelLoadError`."""
     if config.kernels != "torch":
-        library = find_library()
-        why = _why_not(library, config, model)
-        if why is None and library is not None:
-            return _load_native(library, config, model, checkpoint, progress)
+        usable = _usable(config, model)
+        if isinstance(usable, Library):
+            return _load_native(usable, config, model, checkpoint, progress)
         if config.kernels == "native":
-            raise ModelLoadError(config.model, f"the native kernels can't be used: {why}")
-        _log.info("torch computes: the native kernels can't be used for %s", why)
+            raise ModelLoadError(config.model, f"the native kernels can't be used: {usable}")
+        if config.device == "cpu":
+            _log.info("torch computes; the native kernels can't be used: %s", usable)
     return _load_torch(config, model, checkpoint, progress)
 
 
-def _why_not(library: Library | None, config: EngineConfig, model: ModelConfig) -> str | None:
-    if library is None:
-        return "they are not compiled, or this processor lacks AVX-512 with bfloat16 and VNNI"
+def _usable(config: EngineConfig, model: ModelConfig) -> Library | str:
+    """The native kernels, or why they can't be used."""
     if config.device != "cpu":
         return f"device {config.device}"
     if KVDtype(config.dtype) not in _KV_FORMATS:
@@ -54,7 +53,7 @@ def _why_not(library: Library | None, config: EngineConfig, model: ModelConfig) 
     assert config.weights is not None
     if config.weights not in {WeightFormat.INT8, WeightFormat(config.dtype)}:
         return f"{config.weights.value} weights beside {config.dtype}"
-    return unsupported(model, config.block_size_tokens)
+    return unsupported(model, config.block_size_tokens) or find_library()
 
 
 def _load_native(

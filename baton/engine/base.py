@@ -196,7 +196,7 @@ class Engine(Protocol):
 
     def hold(self, key: AttemptKey) -> Held:
         """Stops a request that generates, after its newest token, and holds its KV for `export_kv`: of every token but that one. Raises
-        `PreconditionError` where it does not generate now, and leaves it as it is.
+        `PreconditionError` where it does not generate now, and leaves it as it is. Idempotent: who was not told may ask again.
         """
         ...
 

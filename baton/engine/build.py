@@ -2,6 +2,7 @@
 only for a CUDA device.
 """
 
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from baton.engine.sim import SimConfig, build_sim_engine
 if TYPE_CHECKING:
     from baton.engine.cuda.runner import CudaRunner
     from baton.engine.runner import ModelRunner
+
+_log = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig | SimConfig, progress: Progress | None = None) -> PagedEngine:
@@ -40,10 +43,15 @@ def build_torch_engine(config: EngineConfig, progress: Progress | None = None) -
 
 def _on_cuda(plain: "ModelRunner", config: EngineConfig) -> "ModelRunner | CudaRunner":
     """The same model by kernels of its own; by torch where that is asked for, there is no Triton, or none of them fits the model."""
-    if config.kernels == "torch" or find_spec("triton") is None:
+    if config.kernels == "torch":
+        return plain
+    if find_spec("triton") is None:
+        _log.info("torch computes; the CUDA kernels can't be used: Triton is not installed")
         return plain
     from baton.engine.cuda.runner import CudaRunner, supports  # noqa: PLC0415 - imports Triton
 
     if not supports(plain.info.spec):
+        size = plain.info.spec.head_dim
+        _log.info("torch computes; the CUDA kernels can't be used: head size %d", size)
         return plain
     return CudaRunner(plain, max_rows=config.max_running, capture=config.capture_decode)

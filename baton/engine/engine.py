@@ -32,7 +32,7 @@ from baton.engine.base import (
     Token,
 )
 from baton.engine.batch import BatchRow, Runner, Sampled, SampleInput
-from baton.engine.request import RequestState, Stage
+from baton.engine.request import RequestState, Stage, find_violations
 from baton.engine.speed import SpeedMeter
 from baton.engine.tables import BlockTables
 from baton.errors import (
@@ -113,10 +113,9 @@ class PagedEngine:
                     f"{self._info.max_context_tokens} tokens, with room for at least one more",
                 )
             )
-        if not all(0 <= t < self._info.vocab_size for t in request.sequence.tokens):
-            raise InvalidRequestError(
-                FieldViolation("prompt", f"a token id is not in [0, {self._info.vocab_size})")
-            )
+        violations = tuple(find_violations(request.sequence, self._info.vocab_size))
+        if violations:
+            raise InvalidRequestError(*violations)
         assert all(0 <= first < last <= length for first, last in request.export)
         if request.mode is not Mode.DECODE and not self._info.computes_prompts:
             raise PreconditionError(
@@ -169,14 +168,16 @@ class PagedEngine:
         state = self._requests.get(key)
         generates = (
             state is not None
-            and state.stage is Stage.RUNNING
+            and state.mode is not Mode.PREFILL
+            and state.stage in {Stage.RUNNING, Stage.HELD}
             and len(state.tokens) > state.num_given
             and state.num_computed == len(state.tokens) - 1
         )
         if state is None or not generates:
             raise PreconditionError(f"attempt {key} does not generate")
-        self._running.remove(state)
-        state.stage = Stage.HELD
+        if state.stage is Stage.RUNNING:
+            self._running.remove(state)
+            state.stage = Stage.HELD
         return Held(len(state.output), state.output[-1])
 
     def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:

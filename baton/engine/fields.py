@@ -112,7 +112,7 @@ def read_fields(path: Path) -> Fields:
         raise ModelLoadError(str(path), "file is missing") from None
     except OSError as error:
         raise ModelLoadError(str(path), f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(str(path), f"is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelLoadError(str(path), "must hold a JSON object")

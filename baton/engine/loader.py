@@ -108,7 +108,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise ModelLoadError(str(path), "file is missing") from None
     except OSError as error:
         raise ModelLoadError(str(path), f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(str(path), f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelLoadError(str(path), "its header is no JSON object")

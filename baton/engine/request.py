@@ -7,12 +7,15 @@ WAITING ──▶ RUNNING ──▶ HELD ──▶ (gone)       PREFILL: KV wait
 WAITING ──▶ RESERVED ──▶ RUNNING ──▶ (gone)   DECODE: KV arrives by import
 """
 
+import math
 from collections import deque
+from collections.abc import Iterator
 from enum import Enum
 
 from baton.engine.base import EngineRequest, Mode
+from baton.errors import FieldViolation
 from baton.kv.prefix import child_hash, root_of
-from baton.types import AttemptKey, BlockHash, FinishReason
+from baton.types import AttemptKey, BlockHash, FinishReason, Sequence
 
 
 class Stage(Enum):
@@ -22,6 +25,32 @@ class Stage(Enum):
     RESERVED = "reserved"
     RUNNING = "running"
     HELD = "held"
+
+
+def find_violations(sequence: Sequence, vocab_size: int) -> Iterator[FieldViolation]:
+    """What no token could be computed or chosen by. Routers send none of it, but a step that fails for it would fail everybody's."""
+    params = sequence.sampling
+    listed = {
+        "prompt": sequence.tokens,
+        "sampling.logit_bias": [token for token, _ in params.logit_bias],
+        "sampling.stop_token_ids": params.stop_token_ids,
+    }
+    for name, ids in listed.items():
+        if not all(0 <= token < vocab_size for token in ids):
+            yield FieldViolation(name, f"a token id is not in [0, {vocab_size})")
+    holds = {
+        "logit_bias": all(math.isfinite(bias) for _, bias in params.logit_bias),
+        "temperature": 0 <= params.temperature < math.inf,
+        "top_p": 0 < params.top_p <= 1,
+        "min_p": 0 <= params.min_p <= 1,
+        "repetition_penalty": 0 < params.repetition_penalty < math.inf,
+        "presence_penalty": math.isfinite(params.presence_penalty),
+        "frequency_penalty": math.isfinite(params.frequency_penalty),
+        "logprobs": params.logprobs is None or params.logprobs >= 0,
+    }
+    for name, is_so in holds.items():
+        if not is_so:
+            yield FieldViolation(f"sampling.{name}", "is out of range")
 
 
 class RequestState:

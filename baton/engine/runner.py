@@ -67,7 +67,17 @@ class ModelRunner:
             )
             if num_blocks == 0:
                 raise ModelLoadError(config.model, "no memory is left for the KV pool")
-            self.backend = loaded(spec, num_blocks)
+            room_tokens = min(config.max_context_tokens, num_blocks * config.block_size_tokens)
+            if room_tokens < 2:
+                raise ModelLoadError(
+                    config.model, f"a context of {room_tokens} holds no prompt and answer"
+                )
+            try:
+                self.backend = loaded(spec, num_blocks)
+            except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+                raise ModelLoadError(
+                    config.model, f"no engine with {num_blocks} blocks of KV: {error}"
+                ) from error
         self._info = EngineInfo(
             model=directory.resolve().name if Path(config.model).is_dir() else config.model,
             spec=spec,

@@ -1,7 +1,11 @@
 """The native kernels: what they compute is what torch computes, and a row's result depends on the row alone, bit by bit."""
 
 import itertools
+import os
 import random
+import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +16,13 @@ import torch
 
 from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
-from baton.engine.native.library import NEEDED, find_library, processor_flags
+from baton.engine.native.library import NEEDED, Library, Pool, find_library, processor_flags
 from baton.engine.runner import ModelRunner
-from baton.errors import CorruptKVError, ModelLoadError
+from baton.errors import CorruptKVError, InternalError, ModelLoadError
 from baton.kv.checksum import sealed
 from baton.kv.spec import SealedKV, WeightFormat
 from tests import oracle
+from tests.native_program import tiny_model
 
 pytestmark = pytest.mark.skipif(
     not processor_flags() >= NEEDED, reason=f"this processor lacks {NEEDED - processor_flags()}"
@@ -37,7 +42,8 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    assert find_library() is not None, "not compiled: apt-get install g++ && make clean install"
+    found = find_library()
+    assert isinstance(found, Library), f"{found}: apt-get install g++ && make clean install"
     folder = tmp_path_factory.mktemp("native")
     return {
         name: oracle.save(lambda build=build: build(max_position_embeddings=2048), folder / name)  # type: ignore[misc]
@@ -180,6 +186,46 @@ def test_corrupt_kv_is_refused_and_leaves_nothing(paths: dict[str, Path]) -> Non
     assert not runner.read_kv(table, 0, 40).data.any()
 
 
+@pytest.mark.parametrize("place", [0, 5, 15])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_eight_bit_activations_hide_no_number_that_is_none(
+    paths: dict[str, Path], bad: float, place: int
+) -> None:
+    """Promise: what is computed from a value that is not finite is an error of its request, in every format, not a token."""
+    runner = runner_of(paths["llama"], weights=INT8)
+    tokens = oracle.prompt_of(40)
+    logits_of(runner, [row(tokens, 0, 40)])
+    table = row(tokens, 0, 40).block_table
+    values = runner.read_kv(table, 0, 39).data.copy()
+    values[1, 0, 7, 0, place] = bad
+    runner.write_kv(table, 0, sealed(values))
+    with pytest.raises(InternalError):
+        runner.run([row(tokens, 39, 40)])
+
+
+def test_wire_buffers_in_pieces_are_not_read_beyond_their_ends(paths: dict[str, Path]) -> None:
+    """The kernels know an address and a number of tokens, no strides."""
+    runner = runner_of(paths["llama"])
+    whole = runner.read_kv([0, 1], 0, 32)
+    apart = whole.data[:, :, ::2]
+    with pytest.raises(AssertionError, match="one piece"):
+        runner.write_kv([0], 0, SealedKV(apart, whole.checksum))
+
+
+def test_tokens_that_no_block_holds_never_reach_the_kernels(paths: dict[str, Path]) -> None:
+    """They know addresses, and would read and write whatever stands behind."""
+    runner = runner_of(paths["llama"])
+    for tokens, start in (([], 3), ([5] * 20, 0), ([5], 16)):
+        with pytest.raises(AssertionError):
+            logits_of(runner, [BatchRow(tokens, start, [0], None)])
+    for first, last in ((0, 17), (16, 17), (3, 3), (-1, 4)):
+        with pytest.raises(AssertionError):
+            runner.read_kv([0], first, last)
+    kv = runner.read_kv([0], 0, 2)
+    with pytest.raises(AssertionError):
+        runner.write_kv([0], 15, kv)
+
+
 def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(
     paths: dict[str, Path],
 ) -> None:
@@ -200,6 +246,41 @@ def test_engines_that_compute_at_once_share_the_cores_and_disturb_nobody(
         thread.join(50)
         assert not thread.is_alive()
     assert not wrong
+
+
+def test_what_the_system_refuses_is_an_error_and_the_engine_goes_on() -> None:
+    """Promise: neither memory nor threads that are used up end the process."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.native_program"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    step, again, engine = ended.stdout.splitlines()
+    assert step.startswith("a step of 4000000 tokens: ")
+    assert again == "same"
+    assert engine.startswith("no engine of 64 threads: ")
+
+
+def test_only_a_file_of_ones_own_is_shared_with_other_engines(tmp_path: Path) -> None:
+    """Promise: a user who may cut the file in which engines meet, and so end whoever reads it, finds no engine there. The page that is
+    shared has its room on the file system from the start.
+    """
+    library = find_library()
+    assert isinstance(library, Library)
+    model, _alive = tiny_model(library)
+    pool = np.zeros(4096, np.uint8)
+    paths = [tmp_path / name for name in ("own", "others", "link", "pipe")]
+    own, others, link, pipe = paths
+    others.touch()
+    others.chmod(0o666)
+    link.symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(pipe)
+    for path in paths:
+        engine = library.engine(model, Pool(pool.ctypes.data, 1, 16), 2, str(path))
+        library.free_engine(engine)
+    assert own.stat().st_blocks * 512 >= 4096
+    assert stat.S_IMODE(own.stat().st_mode) == 0o600
+    assert others.stat().st_size == 0
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(

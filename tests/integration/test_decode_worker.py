@@ -1,6 +1,7 @@
 """The decode worker alone: prompts it computes itself, bad requests, drain, slow readers, preemption."""
 
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,13 @@ async def test_bad_requests_are_refused_by_name_and_harm_nothing() -> None:
         empty.sequence.prompt.append(1)
         error = await error_of(rig.decode_stub.Decode(empty))
         assert isinstance(error, InvalidRequestError)
+        empty.ClearField("source")
+        empty.sequence.sampling.max_tokens = empty.sequence.sampling.seed = 1
+        for grace_s in (-1.0, math.inf, math.nan):
+            empty.grace_seconds = grace_s
+            error = await error_of(rig.decode_stub.Decode(empty))
+            assert isinstance(error, InvalidRequestError)
+            assert error.violations[0].field == "grace_seconds"
         assert len((await rig.generate(key("good"), sequence(20))).tokens) == 8
         await rig.settled()
 

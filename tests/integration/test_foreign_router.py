@@ -30,6 +30,7 @@ from baton.errors import (
 from baton.service.channel import open_channel
 from baton.service.settings import WorkerSettings
 from baton.types import SamplingParams, Sequence
+from baton.vllm.legs import ForeignRequest, Held, Tokens
 from baton.vllm.servicer import SERVICE
 from tests.certificates import Authority
 from tests.foreign_router import ForeignRouter, answer_of, foreign_router, generate_request
@@ -229,6 +230,18 @@ async def test_a_caller_that_leaves_frees_what_its_call_held(leg: str) -> None:
             while is_idle(await host.engine.refresh_load()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         call.cancel()
+        await rig.settled()
+
+
+async def test_a_caller_that_leaves_at_the_first_token_frees_the_kv_behind_it() -> None:
+    """Promise: what prefill handed over is given back at whatever token a call ends, the first one included."""
+    async with pair(foreign_kv_ttl_s=60.0) as (rig, _):
+        request = ForeignRequest(request_id="a", prompt=PROMPT, sampling=SamplingParams(**GREEDY))
+        leg = rig.prefill._foreign.run(request.as_prefill())
+        (held,) = [event async for event in leg if isinstance(event, Held)]
+        events = rig.decode._foreign.run(replace(request, handed=held.handed), 5.0)
+        assert await anext(events) == Tokens(0, held.handed.first)
+        await events.aclose()
         await rig.settled()
 
 

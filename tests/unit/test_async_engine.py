@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Rows
 from contextlib import suppress
@@ -148,6 +149,46 @@ class DyingRunner(SimRunner):
         if not self.left:
             raise RuntimeError("device lost")
         return super().run(rows)
+
+
+class GatedRunner(SimRunner):
+    """Its steps take as long as the gate is closed."""
+
+    def __init__(self, config: SimConfig) -> None:
+        super().__init__(config)
+        self.gate, self.stands = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def run(self, rows: Rows[BatchRow]) -> list[Sampled | None]:
+        if not self.gate.is_set():
+            self.stands.set()
+            assert self.gate.wait(20)
+        return super().run(rows)
+
+
+async def test_a_call_that_was_given_up_in_a_long_step_changes_nothing() -> None:
+    """Promise: a router that gave up asking to stop a request finds it going on, and not held for nobody, without a token any more."""
+    runner = GatedRunner(CONFIG)
+    engine = AsyncEngine(
+        lambda: PagedEngine(runner, max_batch_tokens=64, max_running=4), name="slow"
+    )
+    await engine.start()
+    asked = request("r")
+    async with engine.open(asked) as steps:
+        said = 0
+        async for events in steps:
+            said += sum(isinstance(e, Token) for e in events)
+            if said and runner.gate.is_set() and not runner.stands.is_set():
+                runner.gate.clear()
+                assert await asyncio.to_thread(runner.stands.wait, 20)
+                asking = asyncio.create_task(engine.hold(asked.key))
+                await asyncio.sleep(0)
+                asking.cancel()
+                await asyncio.wait({asking})
+                runner.gate.set()
+        assert runner.stands.is_set()
+        assert said == PARAMS.max_tokens
+    await engine.stop()
 
 
 async def test_an_engine_that_fails_ends_every_request_with_an_error() -> None:

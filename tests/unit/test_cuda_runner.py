@@ -1,5 +1,6 @@
 """The CUDA runner whole, on tiny models; its kernels in Triton's interpreter where there is no CUDA device."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from tests.cuda_rig import DEVICE  # isort: skip - first: it chooses the interpreter
 
+from baton.engine import build
 from baton.engine.batch import BatchRow, SampleInput
 from baton.engine.config import EngineConfig
 from baton.engine.cuda.runner import CudaRunner, supports
@@ -104,6 +106,22 @@ def test_a_row_that_breaks_fails_alone_and_kv_moves_through_the_staging(tmp_path
         norm.weight.fill_(float("nan"))
     with pytest.raises(InternalError, match="batch rows \\[1\\]"):
         fast.run([BatchRow([4], 20, range(8, 10), None), row])
+
+
+@pytest.mark.parametrize("lacking", ["Triton is not installed", "head size 512"])
+def test_the_log_says_why_torch_computes_on_a_device(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lacking: str,
+) -> None:
+    model = oracle.save(lambda: oracle.llama(num_hidden_layers=1, head_dim=512), tmp_path)
+    plain = ModelRunner(EngineConfig(model=str(model), kv_pool_tokens=64, threads=1))
+    if "Triton" in lacking:
+        monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with caplog.at_level(logging.INFO):
+        assert build._on_cuda(plain, EngineConfig(model="m", device="cuda")) is plain
+    assert f"torch computes; the CUDA kernels can't be used: {lacking}" in caplog.messages
 
 
 def test_the_kernels_compile_for_a_device_that_is_not_here() -> None:

@@ -1,6 +1,7 @@
 """Staged KV copies, on a device whose copies are done at once: the same bytes as the pool's own."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -103,6 +104,36 @@ def test_copies_follow_the_computation_and_lead_what_comes_next() -> None:
     side.calls.clear()
     staging.read_kv(TABLE, 0, 5)
     assert side.calls.count("wait") == 2 + 6
+
+
+class FullSide(RecordingSide):
+    """The device has no memory left for the second piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses = 0
+
+    def use(self) -> AbstractContextManager[None]:
+        self.uses += 1
+        if self.uses == 2:
+            raise torch.OutOfMemoryError
+        return super().use()
+
+
+def test_a_copy_that_fails_midway_is_waited_for_by_whatever_comes_next() -> None:
+    """Promise: a piece that is under way when another fails reaches neither a buffer in use again nor a block that has become another's."""
+    pool, side = pool_of(KVDtype.FLOAT32), FullSide()
+    staging = staging_of(pool, KVDtype.FLOAT32, side, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        staging.read_kv(TABLE, 0, 5)
+    assert side.calls == ["follow"]
+    kv = staging.read_kv(TABLE, 0, 5)
+    assert side.calls == ["follow", "follow", "wait", *["wait"] * 6]
+    side.calls.clear()
+    side.uses = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        staging.write_kv(TABLE, 0, kv)
+    assert side.calls == ["follow", "lead"]
 
 
 def covered(cuts: Sequence[slice]) -> list[int]:

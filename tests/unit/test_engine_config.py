@@ -220,7 +220,13 @@ def test_a_config_that_cannot_be_computed_is_refused_with_file_and_field(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("{", "is not JSON"), ("[]", "must hold a JSON object")]
+    ("content", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "must hold a JSON object"),
+    ],
+    ids=["cut short", "too deep", "a list"],
 )
 def test_a_config_that_is_no_json_object_is_refused(
     tmp_path: Path, content: str, reason: str

@@ -87,6 +87,7 @@ def test_a_file_with_bytes_behind_its_end_is_refused(sound: Path, tmp_path: Path
     ("header", "reason"),
     [
         (b"{]", "its header is not JSON"),
+        (b"[" * 100_000, "its header is not JSON"),
         (b"\xff\xfe\xff\xfe", "its header is not JSON"),
         (b"[]", "its header is no JSON object"),
         (b'{"model.norm": 3}', "model.norm must be an object"),

@@ -41,6 +41,25 @@ def test_a_pool_without_a_size_fits_memory_and_use(checkpoint: Path) -> None:
     assert 0 < free_memory_bytes("cpu") < 2**50
 
 
+@pytest.mark.parametrize("kernels", [None, "torch"])
+def test_a_pool_that_no_machine_holds_is_refused(checkpoint: Path, kernels: str | None) -> None:
+    """Promise: it is an error that names the model, whatever computes."""
+    with pytest.raises(ModelLoadError, match="blocks of KV"):
+        runner_of(checkpoint, kv_pool_tokens=2**50, kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", [None, "torch"])
+@pytest.mark.parametrize(
+    "changes", [{"max_context_tokens": 1}, {"kv_pool_tokens": 1, "block_size_tokens": 1}]
+)
+def test_a_context_of_one_token_is_refused(
+    checkpoint: Path, changes: dict[str, object], kernels: str | None
+) -> None:
+    """Nothing could be asked of it, and a warm-up of no tokens reads what is not there."""
+    with pytest.raises(ModelLoadError, match="a context of 1"):
+        runner_of(checkpoint, kernels=kernels, **changes)
+
+
 def test_two_runners_of_one_checkpoint_have_one_digest(checkpoint: Path) -> None:
     one = runner_of(checkpoint, block_size_tokens=4)
     other = runner_of(checkpoint, block_size_tokens=64)

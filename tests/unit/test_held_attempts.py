@@ -6,15 +6,24 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import AbortedError, CancelledError, NotFoundError, PreconditionError
+from baton.engine.base import Held
+from baton.errors import (
+    AbortedError,
+    CancelledError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from baton.types import (
     AttemptKey,
     FinishReason,
+    PositionLogprobs,
     RequestId,
     RequestRecord,
     SamplingParams,
     Sequence,
     TokenChunk,
+    TokenLogprob,
 )
 from decode_worker.decoder import DecodeJob, JobEvent, JobFinished, JobReserved, JobTokens
 from decode_worker.held import HeldAttempts, Terms
@@ -168,3 +177,82 @@ async def test_nobody_comes_and_the_grace_ends_it() -> None:
     async with asyncio.timeout(5):
         while attempts.find("r", ""):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def test_who_comes_after_the_grace_is_told_so() -> None:
+    """Promise: a router that attaches too late gets an error that it can act on, not a cancellation, which it would take for its own."""
+    attempts, script = HeldAttempts(), Script(1)
+    attempt = attempts.start(JOB, terms(grace_s=0.05), script.events())
+    reading = asyncio.create_task(attempt.read(Ear().write, "one", 0))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait({attempt.task}, timeout=5)
+    with pytest.raises(UnavailableError, match="read by nobody"):
+        await attempt.read(Ear().write, "two", 0)
+    await attempts.close()
+
+
+async def test_a_reader_that_attaches_while_a_stuck_write_ends_is_served() -> None:
+    """Promise: a call that broke in the middle of a write, which takes its time to end, costs the next reader nothing."""
+    attempts, script, ear = HeldAttempts(), Script(3), Ear()
+    stuck, ending, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def freeze(event: JobEvent) -> None:
+        if isinstance(event, JobTokens):
+            stuck.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                await may_end.wait()
+
+    attempt = attempts.start(JOB, terms(), script.events())
+    first = asyncio.create_task(attempt.read(freeze, "one", None))
+    await asyncio.sleep(0)
+    script.step(3)
+    async with asyncio.timeout(5):
+        await stuck.wait()
+        first.cancel()
+        await ending.wait()
+        second = asyncio.create_task(attempt.read(ear.write, "two", 0))
+        await asyncio.sleep(0)
+        may_end.set()
+        await second
+    assert (ear.tokens, ear.finished) == ([0, 1, 2], True)
+    await attempts.close()
+
+
+async def test_an_attempts_successor_gets_the_log_probabilities_that_belong_to_its_newest_token() -> (
+    None
+):
+    """Promise: also where a slow reader keeps the attempt from telling its last tokens until after it was stopped."""
+    attempts, written = HeldAttempts(), asyncio.Event()
+    is_read, may_write = asyncio.Event(), asyncio.Event()
+
+    async def events() -> AsyncGenerator[JobEvent, None]:
+        await is_read.wait()
+        for index, token in enumerate((7, 8)):
+            logprob = PositionLogprobs(TokenLogprob(token, -1.0), ())
+            yield JobTokens(TokenChunk(index, (token,), (logprob,)))
+        await asyncio.Event().wait()
+
+    async def write(_event: JobEvent) -> None:
+        written.set()
+        await may_write.wait()
+
+    attempt = attempts.start(JOB, terms(), events())
+    reading = asyncio.create_task(attempt.read(write, "one", None))
+    await asyncio.sleep(0)
+    is_read.set()
+    async with asyncio.timeout(5):
+        await written.wait()
+        attempt.stop_at(Held(2, 8))
+        ready = attempt.stopped_at()
+        assert (ready.first_token, ready.logprobs) == (8, None)
+        may_write.set()
+        while attempt.end_index < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    ready = attempt.stopped_at()
+    assert ready.logprobs == PositionLogprobs(TokenLogprob(8, -1.0), ())
+    reading.cancel()
+    await attempts.close()

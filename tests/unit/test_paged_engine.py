@@ -1,6 +1,7 @@
 """The engine over the simulated runner, whose tokens are wrong as soon as one KV entry is lost, stale or misplaced."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence as Rows
 from dataclasses import replace
@@ -241,11 +242,19 @@ def test_only_a_request_that_generates_can_be_stopped() -> None:
     while not any(isinstance(event, Token) for event in engine.step()):
         with pytest.raises(PreconditionError):
             engine.hold(key())
-    engine.hold(key())
+    held = engine.hold(key())
+    assert engine.hold(key()) == held, "who was not told may ask again"
+    engine.release(key())
+    engine.check_integrity()
+
+
+def test_a_prompt_that_is_held_for_its_handoff_does_not_generate() -> None:
+    engine = build_sim_engine(BIG)
+    engine.add(request(prompt_of(50), mode=Mode.PREFILL))
+    run(engine)
     with pytest.raises(PreconditionError):
         engine.hold(key())
     engine.release(key())
-    engine.check_integrity()
 
 
 def test_without_a_kv_cache_the_tokens_are_the_same() -> None:
@@ -323,6 +332,33 @@ def test_bad_requests_are_refused_and_hold_nothing() -> None:
     engine.add(request([1]))
     with pytest.raises(AlreadyExistsError):
         engine.add(request([1]))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": ((10**6, 1.0),)},
+        {"logit_bias": ((3, math.nan),)},
+        {"stop_token_ids": (10**6,), "min_tokens": 2},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logprobs": -1},
+    ],
+    ids=str,
+)
+def test_sampling_that_would_break_a_step_is_refused_before_it_shares_one(
+    params: dict[str, object],
+) -> None:
+    """Promise: whoever calls a worker, its mistake is told to it, and no other request is harmed."""
+    engine = build_sim_engine(BIG)
+    bad = replace(GREEDY, **params)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=f"sampling.{next(iter(params))}"):
+        engine.add(request([1, 2, 3], params=bad))
+    assert not engine.has_work()
 
 
 def test_stop_tokens_and_eos_end_a_request_and_min_tokens_delays_them() -> None:

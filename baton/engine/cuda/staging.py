@@ -123,17 +123,17 @@ class Staging:
         planes, checksum = _by_plane(wire), RunningChecksum()
         slots = self._slots(block_table, first, last)
         self._side.follow()
-        previous: tuple[WireKV, Tensor, Mark] | None = None
+        previous: tuple[WireKV, Tensor, _Buffer] | None = None
         for number, cut in enumerate(self._cut(planes)):
             buffer = self._buffers[number % 2]
             with self._side.use():
                 chosen = self._planes[cut].index_select(1, slots)
                 staged = buffer.take(chosen.shape, chosen.dtype)
                 staged.copy_(chosen, non_blocking=True)
-            mark = self._side.mark()
+            buffer.busy = self._side.mark()
             if previous is not None:
                 _drain(*previous, checksum)
-            previous = planes[cut], staged, mark
+            previous = planes[cut], staged, buffer
         if previous is not None:
             _drain(*previous, checksum)
         return SealedKV(wire, checksum.value)
@@ -145,17 +145,9 @@ class Staging:
         planes, checksum = _by_plane(kv.data), RunningChecksum()
         slots = self._slots(block_table, first, first + kv.data.shape[2])
         self._side.follow()
-        for number, cut in enumerate(self._cut(planes)):
-            buffer, part = self._buffers[number % 2], planes[cut]
-            staged = buffer.take((len(part), len(slots), self._planes.shape[2]), self._planes.dtype)
-            for out, source in zip(staged.numpy(), part, strict=True):
-                checksum.add(source)
-                np.copyto(out.view(source.dtype), source.reshape(out.shape))
-            with self._side.use():
-                arrived = staged.to(self._planes.device, non_blocking=True)
-                self._planes[cut].index_copy_(1, slots, arrived)
-            buffer.busy = self._side.mark()
         try:
+            for number, cut in enumerate(self._cut(planes)):
+                self._write_piece(self._buffers[number % 2], cut, planes[cut], slots, checksum)
             checksum.compare(kv)
         except CorruptKVError:
             # Bytes that nobody vouches for may be numbers that are not finite.
@@ -163,7 +155,20 @@ class Staging:
                 self._planes[:, slots] = 0
             raise
         finally:
+            # Where a piece failed, too: what was sent before it may not reach blocks that are others' by then.
             self._side.lead()
+
+    def _write_piece(
+        self, buffer: "_Buffer", cut: slice, part: WireKV, slots: Tensor, checksum: RunningChecksum
+    ) -> None:
+        staged = buffer.take((len(part), len(slots), self._planes.shape[2]), self._planes.dtype)
+        for out, source in zip(staged.numpy(), part, strict=True):
+            checksum.add(source)
+            np.copyto(out.view(source.dtype), source.reshape(out.shape))
+        with self._side.use():
+            arrived = staged.to(self._planes.device, non_blocking=True)
+            self._planes[cut].index_copy_(1, slots, arrived)
+        buffer.busy = self._side.mark()
 
     def _cut(self, planes: WireKV) -> list[slice]:
         return pieces(len(planes), planes[0].nbytes, self._piece_bytes)
@@ -183,22 +188,26 @@ class _Buffer:
         self._link = link
         self._memory = torch.empty(0, dtype=torch.uint8)
         self.busy: Mark | None = None
-        """After this the device has read it."""
+        """After this the device has read it, or written it."""
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in it, once nobody needs what it holds."""
+    def wait(self) -> None:
+        """Until the device has no more to do with it."""
         if self.busy is not None:
             self.busy.synchronize()
             self.busy = None
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in it, once nobody needs what it holds."""
+        self.wait()
         num_bytes = math.prod(shape) * dtype.itemsize
         if len(self._memory) < num_bytes:
             self._memory = self._link.empty(num_bytes)
         return self._memory[:num_bytes].view(dtype).view(*shape)
 
 
-def _drain(target: WireKV, staged: Tensor, arrived: Mark, checksum: RunningChecksum) -> None:
-    """Takes a piece over into the wire buffer."""
-    arrived.synchronize()
+def _drain(target: WireKV, staged: Tensor, buffer: _Buffer, checksum: RunningChecksum) -> None:
+    """Takes a piece over into the wire buffer, once it has arrived."""
+    buffer.wait()
     for out, source in zip(target, staged.numpy(), strict=True):
         np.copyto(out, source.view(out.dtype).reshape(out.shape))
         checksum.add(out)

@@ -17,7 +17,7 @@ from baton.engine.native.weights import Weights
 from baton.kv.spec import KVSpec, SealedKV
 from baton.kv.wire_buffers import WireBuffers
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - opened without following links, readable by its owner only
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - links are not followed, and a file of another user's is left alone
 
 
 class NativeBackend:
@@ -36,12 +36,12 @@ class NativeBackend:
         """Engines of one user on this machine divide the cores among those that compute; `threads` is what a lone one uses."""
         self._library, self._weights = library, weights
         self._pool = NativePool(spec, num_blocks=num_blocks, block_size_tokens=block_size_tokens)
-        engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
-        assert engine is not None, "a combination of formats that is not compiled"
-        self._engine = engine
+        self._engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
         # At exit the process frees all, and the engine's thread may still compute.
-        weakref.finalize(self, library.free_engine, engine).atexit = False
-        self._copies = KVCopies(library, engine, spec, WireBuffers())
+        weakref.finalize(self, library.free_engine, self._engine).atexit = False
+        self._copies = KVCopies(
+            library, self._engine, spec, WireBuffers(), block_size_tokens=block_size_tokens
+        )
         self._logits = torch.empty(0, dtype=torch.float32)
 
     def compute(self, rows: Sequence[BatchRow]) -> Logits:
@@ -50,7 +50,11 @@ class NativeBackend:
         tables: list[int] = []
         sampled: list[int] = []
         wanted: list[int] = []
+        block_size: int = self._pool.pool.block_size
         for index, row in enumerate(rows):
+            # The kernels check nothing.
+            end = row.start + len(row.token_ids)
+            assert row.start < end <= len(row.block_table) * block_size, (row.start, end)
             layout += (len(tokens), len(row.token_ids), row.start, len(tables))
             tokens += row.token_ids
             tables += row.block_table

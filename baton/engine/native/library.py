@@ -10,8 +10,11 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
-"""What the kernels use of the processor, by the kernel's names."""
+NEEDED = frozenset(
+    {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
+    | {"fma", "f16c", "bmi2"}
+)
+"""What the kernels are compiled for, by Linux's names."""
 PANEL = 32
 """Outputs of a panel: `src/gemm.h`."""
 _CPUINFO = Path("/proc/cpuinfo")
@@ -103,7 +106,7 @@ class Library:
     """The functions of `src/api.cpp`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where it can't be loaded."""
+        """Raises OSError where it can't be loaded, and AttributeError where it is another version's."""
         self._code = ctypes.CDLL(str(path))
         declared = {
             "baton_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
@@ -113,9 +116,12 @@ class Library:
             ),
             "baton_allocate": (c_void_p, [c_int64]),
             "baton_free": (None, [c_void_p, c_int64]),
-            "baton_engine": (c_void_p, [POINTER(Model), POINTER(Pool), c_int32, c_char_p]),
+            "baton_engine": (
+                c_char_p,
+                [POINTER(Model), POINTER(Pool), c_int32, c_char_p, POINTER(c_void_p)],
+            ),
             "baton_engine_free": (None, [c_void_p]),
-            "baton_step": (None, [c_void_p, POINTER(Batch)]),
+            "baton_step": (c_char_p, [c_void_p, POINTER(Batch)]),
             "baton_read_kv": (None, [c_void_p, *[c_int32] * 2, c_void_p, *[c_int32] * 2, c_void_p]),
             "baton_write_kv": (
                 None,
@@ -151,19 +157,26 @@ class Library:
     def free(self, address: int, num_bytes: int) -> None:
         self._code.baton_free(address, num_bytes)
 
-    def engine(self, model: Model, pool: Pool, threads: int, cores_path: str | None) -> int | None:
-        """An engine's address; None where the model's formats are no combination that is compiled. Everything that `model` and `pool`
-        point to must outlive it.
+    def engine(self, model: Model, pool: Pool, threads: int, cores_path: str | None) -> int:
+        """An engine's address. Everything that `model` and `pool` point to must outlive it. Raises OSError where it can't be made: threads
+        or memory are used up, or the model's formats are no combination that is compiled.
         """
         path = None if cores_path is None else cores_path.encode()
-        address = self._code.baton_engine(byref(model), byref(pool), threads, path)
-        return int(address) if address else None
+        engine = c_void_p()
+        failure = self._code.baton_engine(byref(model), byref(pool), threads, path, byref(engine))
+        if failure is not None:
+            raise OSError(f"no engine of {threads} threads: {failure.decode()}")
+        assert engine.value is not None
+        return engine.value
 
     def free_engine(self, engine: int) -> None:
         self._code.baton_engine_free(engine)
 
     def step(self, engine: int, batch: Batch) -> None:
-        self._code.baton_step(engine, byref(batch))
+        """Raises MemoryError."""
+        failure = self._code.baton_step(engine, byref(batch))
+        if failure is not None:
+            raise MemoryError(f"a step of {batch.num_tokens} tokens: {failure.decode()}")
 
     def read_kv(  # noqa: PLR0917 - the C function's
         self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
@@ -177,15 +190,23 @@ class Library:
 
 
 @cache
-def find_library() -> Library | None:
-    """None where the kernels were not compiled at installation, or this processor lacks what they use."""
-    if not processor_flags() >= NEEDED:
-        return None
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_kernels{suffix}"
-        if path.exists():
-            return Library(path)
-    return None
+def find_library() -> Library | str:
+    """The kernels, or why there are none to use on this machine."""
+    return load_library(Path(__file__).parent, processor_flags())
+
+
+def load_library(folder: Path, flags: frozenset[str]) -> Library | str:
+    """As `find_library`, on a processor of these flags."""
+    if lacking := NEEDED - flags:
+        return f"this processor lacks {', '.join(sorted(lacking))}"
+    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return "they were not compiled when Baton was installed, which takes a C++ compiler"
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:
+        return f"{path.name} can't be loaded: {error}"
 
 
 def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:

@@ -14,6 +14,8 @@ from baton.kv.checksum import RunningChecksum
 from baton.kv.spec import KVSpec, SealedKV, WireKV
 from baton.kv.wire_buffers import WireBuffers
 
+Table = np.ndarray[tuple[int], np.dtype[np.int32]]
+
 
 class NativePool:
     """Keys and values of every block."""
@@ -33,11 +35,12 @@ class KVCopies:
     engine: int
     spec: KVSpec
     buffers: WireBuffers
+    block_size_tokens: int
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         """A new wire buffer with the KV of tokens [first, last) of the sequence in these blocks."""
         wire = self.buffers.empty(self.spec.wire_shape(last - first), self.spec.dtype.wire_dtype)
-        table, checksum = np.array(block_table, np.int32), RunningChecksum()
+        table, checksum = self._table(block_table, first, last), RunningChecksum()
         for plane, layer in self._planes():
             out = wire[plane, layer]
             self.library.read_kv(
@@ -53,7 +56,8 @@ class KVCopies:
         tokens = kv.data.shape[2]
         assert kv.data.shape == self.spec.wire_shape(tokens), kv.data.shape
         assert kv.data.dtype == self.spec.dtype.wire_dtype, kv.data.dtype
-        table, checksum = np.array(block_table, np.int32), RunningChecksum()
+        assert kv.data.flags.c_contiguous, "the kernels read it as one piece"
+        table, checksum = self._table(block_table, first, first + tokens), RunningChecksum()
         for plane, layer in self._planes():
             source = kv.data[plane, layer]
             checksum.add(source)
@@ -67,9 +71,14 @@ class KVCopies:
                 self._write(table, plane, layer, first, nothing)
             raise
 
+    def _table(self, block_table: Sequence[int], first: int, last: int) -> Table:
+        # The kernels check nothing.
+        assert 0 <= first < last <= len(block_table) * self.block_size_tokens, (first, last)
+        return np.array(block_table, np.int32)
+
     def _write(
         self,
-        table: np.ndarray[tuple[int], np.dtype[np.int32]],
+        table: Table,
         plane: int,
         layer: int,
         first: int,

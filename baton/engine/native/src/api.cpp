@@ -2,6 +2,9 @@
 
 #include <malloc.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "decoder.h"
 #include "transport.h"
 
@@ -37,6 +40,29 @@ struct EngineOf final : Engine {
   std::vector<BatonLayer> layers;
   Decoder<W, C> decoder;
 };
+
+// Nothing that is thrown crosses into Python: what it says, or null. Valid until the thread's next call.
+template <class Body>
+const char* failure_of(Body&& body) {
+  static thread_local std::string told;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    told = error.what();
+  }
+  return told.c_str();
+}
+
+Engine* make_engine(const BatonModel& model, const BatonPool& pool, int threads, const char* cores) {
+  switch (model.weights * 4 + model.kv) {
+    case FORMAT_F32 * 4 + FORMAT_F32: return new EngineOf<F32, F32>(model, pool, threads, cores);
+    case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<BF16, BF16>(model, pool, threads, cores);
+    case FORMAT_I8 * 4 + FORMAT_F32: return new EngineOf<I8, F32>(model, pool, threads, cores);
+    case FORMAT_I8 * 4 + FORMAT_BF16: return new EngineOf<I8, BF16>(model, pool, threads, cores);
+    default: throw std::invalid_argument("a combination of formats that is not compiled");
+  }
+}
 
 }  // namespace
 
@@ -91,24 +117,21 @@ void* baton_allocate(int64_t bytes) {
 
 void baton_free(void* at, int64_t bytes) { munmap(at, (size_t)bytes); }
 
-// Null where the combination of formats is not built.
-void* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores) {
+// Fills in `engine`; returns why it could not, or null.
+const char* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores, void** engine) {
 #ifdef __GLIBC__
   // What loading took on the way is kept by the allocator otherwise.
   malloc_trim(0);
 #endif
-  switch (model->weights * 4 + model->kv) {
-    case FORMAT_F32 * 4 + FORMAT_F32: return new EngineOf<F32, F32>(*model, *pool, threads, cores);
-    case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<BF16, BF16>(*model, *pool, threads, cores);
-    case FORMAT_I8 * 4 + FORMAT_F32: return new EngineOf<I8, F32>(*model, *pool, threads, cores);
-    case FORMAT_I8 * 4 + FORMAT_BF16: return new EngineOf<I8, BF16>(*model, *pool, threads, cores);
-    default: return nullptr;
-  }
+  return failure_of([&] { *engine = make_engine(*model, *pool, threads, cores); });
 }
 
 void baton_engine_free(void* engine) { delete static_cast<Engine*>(engine); }
 
-void baton_step(void* engine, const BatonBatch* batch) { static_cast<Engine*>(engine)->step(*batch); }
+// Returns why it could not, which is for want of memory, or null.
+const char* baton_step(void* engine, const BatonBatch* batch) {
+  return failure_of([&] { static_cast<Engine*>(engine)->step(*batch); });
+}
 
 // Tokens [first, last) of a sequence between the pool and a wire plane [tokens, KV heads, D]; `plane` 0 holds keys, 1 values.
 void baton_read_kv(void* engine, int32_t plane, int32_t layer, const int32_t* table, int32_t first, int32_t last, void* wire) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <new>
 
 #include "attention.h"
 
@@ -68,7 +69,9 @@ class Buffer {
  public:
   T* at_least(size_t count) {
     if (count > size_) {
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+      void* larger = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+      if (larger == nullptr) throw std::bad_alloc();
+      data_.reset(static_cast<T*>(larger));
       size_ = count;
     }
     return data_.get();
@@ -115,7 +118,7 @@ class Activations {
   }
 
  private:
-  // By groups: 127 stands for the greatest magnitude.
+  // By groups: 127 stands for the greatest magnitude. What is no number makes a scale that is none either.
   void quantize(int row, const float* x, int k) {
     const int groups = steps_ / GROUP_STEPS;
     char* to = this->row(row);
@@ -123,12 +126,14 @@ class Activations {
     for (int g = 0; g < groups; ++g) {
       __m512 part[4];
       __m512 most = _mm512_setzero_ps();
+      __mmask16 none = 0;
       for (int i = 0; i < 4; ++i) {
         const int at = g * GROUP + i * 16;
         part[i] = at < k ? _mm512_loadu_ps(x + at) : _mm512_setzero_ps();
         most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
+        none |= _mm512_cmp_ps_mask(part[i], part[i], _CMP_UNORD_Q);
       }
-      const float scale = _mm512_reduce_max_ps(most) / 127.0f;
+      const float scale = none != 0 ? NAN : _mm512_reduce_max_ps(most) / 127.0f;
       const __m512 by = _mm512_set1_ps(scale);
       alignas(64) int8_t bytes[GROUP];
       for (int i = 0; i < 4; ++i) {
@@ -173,17 +178,23 @@ class Decoder {
     values_ = keys_ + kv_.layer_bytes() * model.num_layers;
     scratch_.reset(new Scratch[team.size()]);
     rooms_ = std::vector<Room>(team.size());
+    for (Room& room : rooms_) {
+      const size_t values = (size_t)MOST_QUERIES * model.head_dim;
+      room.queries.at_least(values * 4);
+      room.sums.at_least(values);
+      room.all_sums.at_least(values);
+    }
   }
 
+  // Throws `std::bad_alloc`; the next step starts afresh.
   void step(const BatonBatch& batch) {
     const int tokens = batch.num_tokens;
     clock_ = {batch.seconds, batch.seconds ? monotonic_ns() : 0};
     prepare(batch);
-    team_.begin();
+    const Team::Step under_way(team_);
     rows_of(tokens, [&](int t, int) { embed(batch.tokens[t], x(t)); });
     for (int l = 0; l < model_.num_layers; ++l) layer(batch, l);
     head(batch);
-    team_.end();
     clock_.lap(SECTION_REST);
   }
 
@@ -407,7 +418,7 @@ class Decoder {
 
   void attend(const BatonBatch& batch, const BatonLayer& w, const Cache& cache) {
     const int heads = model_.num_kv_heads, parts = (int)blocks_.size() * heads;
-    if (parts >= 4 * team_.size() || longest(batch) <= 2 * SPAN || team_.size() == 1) {
+    if (parts >= 4 * team_.size() || longest() <= 2 * SPAN || team_.size() == 1) {
       // Later tokens see more: they come first, so that no thread is left with the longest part at the end.
       team_.run(parts, [&](int part, int thread) {
         attend_block(batch, w, cache, blocks_[blocks_.size() - 1 - part / heads], part % heads, thread);
@@ -417,14 +428,14 @@ class Decoder {
     attend_split(batch, w, cache);
   }
 
-  int longest(const BatonBatch& batch) const {
+  int longest() const {
     int longest = 0;
-    for (const Block& block : blocks_) longest = std::max(longest, end_of(batch, block));
+    for (const Block& block : blocks_) longest = std::max(longest, end_of(block));
     return longest;
   }
 
   // The position after the block's last token.
-  int end_of(const BatonBatch&, const Block& block) const { return positions_[block.first + block.count - 1] + 1; }
+  int end_of(const Block& block) const { return positions_[block.first + block.count - 1] + 1; }
 
   int first_span(const BatonLayer& w, const Block& block) const {
     return w.window > 0 ? std::max(0, positions_[block.first] + 1 - w.window) / SPAN : 0;
@@ -435,7 +446,7 @@ class Decoder {
             const char* queries, Scratch& scratch, float* most, float* total, float* sums) {
     const int group = kv_.group(), rows = block.count * group, first = positions_[block.first];
     attend_span<C>(scratch, cache, batch.tables + batch.rows[block.row * 4 + 3], head, queries, rows, w.scale, w.window, s,
-                   end_of(batch, block), [&](int r) { return first + r / group; }, most, total, sums);
+                   end_of(block), [&](int r) { return first + r / group; }, most, total, sums);
   }
 
   // The block's queries of one KV head, side by side.
@@ -456,16 +467,16 @@ class Decoder {
   void attend_block(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int thread) {
     const int group = kv_.group(), rows = block.count * group, head_dim = model_.head_dim;
     Room& room = rooms_[thread];
-    const char* queries = gather(block, head, room.queries.at_least((size_t)MOST_QUERIES * head_dim * 4));
-    float* sums = room.sums.at_least((size_t)MOST_QUERIES * head_dim);
-    float* all_sums = room.all_sums.at_least((size_t)MOST_QUERIES * head_dim);
+    const char* queries = gather(block, head, room.queries.get());
+    float* sums = room.sums.get();
+    float* all_sums = room.all_sums.get();
     float most[MOST_QUERIES], total[MOST_QUERIES];
     Partial all[MOST_QUERIES];
     for (int r = 0; r < rows; ++r) {
       all[r] = {0, 0, all_sums + (size_t)r * head_dim};
       std::memset(all[r].sum, 0, (size_t)head_dim * 4);
     }
-    const int spans = (end_of(batch, block) + SPAN - 1) / SPAN;
+    const int spans = (end_of(block) + SPAN - 1) / SPAN;
     for (int s = first_span(w, block); s < spans; ++s) {
       span(batch, w, cache, block, head, s, queries, scratch_[thread], most, total, sums);
       for (int r = 0; r < rows; ++r) merge(all[r], {most[r], total[r], sums + (size_t)r * head_dim}, head_dim);
@@ -479,7 +490,7 @@ class Decoder {
     parts_.clear();
     size_t rows = 0;
     for (int b = 0; b < (int)blocks_.size(); ++b) {
-      const int spans = (end_of(batch, blocks_[b]) + SPAN - 1) / SPAN;
+      const int spans = (end_of(blocks_[b]) + SPAN - 1) / SPAN;
       for (int head = 0; head < heads; ++head)
         for (int s = first_span(w, blocks_[b]); s < spans; ++s) {
           parts_.push_back({b, head, s, rows});
@@ -492,10 +503,10 @@ class Decoder {
     team_.run((int)parts_.size(), [&](int part, int thread) {
       const SpanPart& p = parts_[part];
       const Block& block = blocks_[p.block];
-      const char* queries = gather(block, p.head, rooms_[thread].queries.at_least((size_t)MOST_QUERIES * head_dim * 4));
+      const char* queries = gather(block, p.head, rooms_[thread].queries.get());
       span(batch, w, cache, block, p.head, p.span, queries, scratch_[thread], most + p.at, total + p.at, sums + p.at * head_dim);
     });
-    float* all_sums = rooms_[0].all_sums.at_least((size_t)MOST_QUERIES * head_dim);
+    float* all_sums = rooms_[0].all_sums.get();
     for (size_t p = 0; p < parts_.size();) {
       size_t next = p;
       while (next < parts_.size() && parts_[next].block == parts_[p].block && parts_[next].head == parts_[p].head) ++next;
@@ -541,12 +552,13 @@ class Decoder {
     size_t at;
   };
 
+  // What a thread attends with, beside its `Scratch`: for `MOST_QUERIES`.
   struct Room {
     Buffer<char> queries;
     Buffer<float> sums, all_sums;
   };
 
-    const BatonModel model_;
+  const BatonModel model_;
   Team& team_;
   KvShape kv_;
   char* keys_;

@@ -10,6 +10,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,9 +41,12 @@ class Cores {
     sched_getaffinity(0, sizeof(cores), &cores);
     num_cores_ = std::max(1, CPU_COUNT(&cores));
     if (path == nullptr) return;
-    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    const int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
     if (file < 0) return;
-    if (ftruncate(file, BYTES) == 0) {
+    struct stat found;
+    // Whoever else could cut the file would end this process, and so would a page for which the file system has no room.
+    const bool ours = fstat(file, &found) == 0 && S_ISREG(found.st_mode) && found.st_uid == geteuid() && (found.st_mode & 022) == 0;
+    if (ours && posix_fallocate(file, 0, BYTES) == 0) {
       void* page = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
       if (page != MAP_FAILED) slots_ = static_cast<Slot*>(page);
     }
@@ -113,32 +117,34 @@ class Team {
       : cores_(cores_path), size_(num_threads), helpers_(num_threads - 1) {
     CPU_ZERO(&allowed_cores_);
     sched_getaffinity(0, sizeof(allowed_cores_), &allowed_cores_);
-    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
+    try {
+      for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { help(i); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
-  ~Team() {
-    stopping_.store(true);
-    wake();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~Team() { stop(); }
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
 
-  // A step begins: helpers come.
-  void begin() {
-    active_.store(true, std::memory_order_seq_cst);
-    divide();
-  }
+  // A step, from its beginning to its end, however that comes: helpers are there.
+  class Step {
+   public:
+    explicit Step(Team& team) : team_(team) { team_.begin(); }
+    ~Step() { team_.end(); }
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
 
-  void end() {
-    active_.store(false, std::memory_order_relaxed);
-    cores_.sign(false);
-  }
+   private:
+    Team& team_;
+  };
 
-  // Computes parts [0, count), each once, and returns when all are done.
+  // Computes parts [0, count), each once, and returns when all are done. The body throws nothing.
   template <class Body>
   void run(int count, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -165,6 +171,22 @@ class Team {
   }
 
  private:
+  void begin() {
+    active_.store(true, std::memory_order_seq_cst);
+    divide();
+  }
+
+  void end() {
+    active_.store(false, std::memory_order_relaxed);
+    cores_.sign(false);
+  }
+
+  void stop() {
+    stopping_.store(true);
+    wake();
+    for (auto& thread : threads_) thread.join();
+  }
+
   static constexpr int PATIENT_SPINS = 2000;
   static constexpr int64_t LINGER_NS = 60000;
 

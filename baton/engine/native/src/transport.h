@@ -115,12 +115,11 @@ void move_kv(Team& team, const KvShape& kv, char* base, bool keys, const int32_t
   constexpr int PART_TOKENS = 8 * TOKENS;
   const size_t token_bytes = (size_t)kv.num_kv_heads * kv.head_dim * (kv.values == 2 ? 2 : 4);
   const int origin = first / PART_TOKENS;
-  team.begin();
+  const Team::Step under_way(team);
   team.run((last + PART_TOKENS - 1) / PART_TOKENS - origin, [&](int part, int) {
     const int from = std::max(first, (origin + part) * PART_TOKENS), to = std::min(last, (origin + part + 1) * PART_TOKENS);
     move_tokens<Read>(kv, keys, base, table, from, to, wire + (from - first) * token_bytes);
   });
-  team.end();
 }
 
 }  // namespace baton
