@@ -55,6 +55,8 @@ MIN_REST_S = 0.005
 """Shorter rests would join little, and cost a timer."""
 MAX_REST_S = 0.1
 """Tokens that wait longer would be seen to come in jerks."""
+MAX_TIMEOUT_S = 1e6
+"""A client that asks for more gets this: calls to workers cannot express any number, and would time out at once."""
 INLINE_BYTES = 8192
 """Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
 
@@ -251,7 +253,9 @@ class Inference:
         return response
 
     def _timeout_s(self, given_s: float | None) -> float:
-        return self._settings.default_timeout_s if given_s is None else max(0.0, given_s)
+        if given_s is None:
+            return self._settings.default_timeout_s
+        return min(MAX_TIMEOUT_S, max(0.0, given_s))
 
     async def _facts(self) -> ModelFacts:
         """Waits, within limits, for the first worker: only workers know the model's limits."""
