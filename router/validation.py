@@ -29,6 +29,8 @@ MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
 MAX_SALT_CHARACTERS = 128
 MAX_PRIORITY = 100
+MAX_TOLD = 8
+"""Of what is wrong with a conversation's messages: there may be millions."""
 
 NO_HISTORY = History()
 
@@ -150,6 +152,8 @@ def _parse_prompt(
 def _parse_chat(chat: inference_pb2.Chat) -> list[ChatTurn]:
     violations = [] if chat.messages else [FieldViolation("prompt.chat.messages", "is empty")]
     for index, message in enumerate(chat.messages):
+        if len(violations) >= MAX_TOLD:
+            break
         path = f"prompt.chat.messages[{index}]"
         if message.role not in _ROLES:
             violations.append(FieldViolation(f"{path}.role", f"must be one of {', '.join(_ROLES)}"))

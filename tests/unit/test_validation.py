@@ -15,7 +15,7 @@ from baton.types import SamplingParams
 from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTemplate
 from router.text import Tokenizer
-from router.validation import ModelFacts, ValidRequest, parse_generate
+from router.validation import MAX_TOLD, ModelFacts, ValidRequest, parse_generate
 
 _FACTS = ModelFacts(model="tales", vocab_size=256, max_context_tokens=32, eos_token_ids=(0,))
 _BYTES = Tokenizer.of_bytes()
@@ -206,6 +206,13 @@ def test_everything_wrong_is_told_at_once() -> None:
     request = _request(request_id="?", no_prompt=True, top_p=2.0, min_p=math.nan, stop=[""])
     expected = ["prompt", "request_id", "sampling.top_p", "sampling.min_p", "sampling.stop[0]"]
     assert _fields(request) == expected
+
+
+def test_what_is_told_is_bounded_however_much_is_wrong() -> None:
+    """Promise: a small request cannot make the router write a book about it."""
+    violated = _fields(_request(chat=_chat(*[("", "")] * 10_000)), _chatty())
+    assert violated[0] == "prompt.chat.messages[0].role"
+    assert len(violated) == MAX_TOLD
 
 
 def test_a_chat_needs_a_chat_template() -> None:
