@@ -49,7 +49,14 @@ from router.sessions.record import mark_of
 from router.sessions.turn import Turn, TurnResult
 from router.status.activity import Activity
 from router.tenants import Demand
-from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
+from router.validation import (
+    NO_HISTORY,
+    ModelFacts,
+    ValidRequest,
+    chat_turns,
+    is_request_id,
+    parse_generate,
+)
 
 MIN_REST_S = 0.005
 """Shorter rests would join little, and cost a timer."""
@@ -311,6 +318,9 @@ class Inference:
 
     async def _find(self, request_id: str, tenant: str) -> dict[int, HeldAttempt]:
         """What workers hold of a tenant's request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
+        if not is_request_id(request_id):
+            # Nobody need be asked, least of all every worker about megabytes.
+            raise NotFoundError("request", request_id)
         end_s = self._since_s + self._settings.worker_wait_s
         while True:
             members = self._fleet.decode_members()

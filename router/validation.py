@@ -173,8 +173,13 @@ def _invalid(field: str, description: str) -> InvalidRequestError:
     return InvalidRequestError(FieldViolation(field, description))
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a request may have that id."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def _id_violations(request_id: str) -> Iterator[FieldViolation]:
-    if request_id and not _REQUEST_ID.fullmatch(request_id):
+    if request_id and not is_request_id(request_id):
         allowed = "must be 1 to 128 characters of letters, digits, '.', '_', ':' and '-'"
         yield FieldViolation("request_id", allowed)
 
