@@ -104,15 +104,15 @@ def check_version(model: str, version: str) -> None:
 
 def _check_sizes(request: kserve.ModelInferRequest) -> None:
     """Before anything is made of what a request lists. Raises `InvalidRequestError`."""
-    lists = {
-        "inputs": request.inputs,
-        "outputs": request.outputs,
-        "parameters": request.parameters,
+    sizes = {
+        "inputs": len(request.inputs),
+        "outputs": len(request.outputs),
+        "parameters": len(request.parameters),
     }
     violations = [
         FieldViolation(name, f"must have at most {MAX_ENTRIES} entries")
-        for name, entries in lists.items()
-        if len(entries) > MAX_ENTRIES
+        for name, size in sizes.items()
+        if size > MAX_ENTRIES
     ]
     if len(request.id) > MAX_ID_CHARACTERS:
         limits = f"must have at most {MAX_ID_CHARACTERS} characters"
