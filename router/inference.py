@@ -188,13 +188,13 @@ class Inference:
                 account.request = valid
                 bind(request=valid.request_id)
                 deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-                self._table.replace(valid.request_id, tenant)
-                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
+                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late, or for its tokens.
                 entry = self._table.enter(
                     valid.request_id,
-                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
+                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=0),
                     predicted_ttft_s=lambda: None,
                     completion_tokens=lambda: account.completion_tokens,
+                    goes_on=True,
                 )
                 async with (
                     self._session_of(valid) as account.turn,
