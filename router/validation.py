@@ -29,6 +29,8 @@ MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
 MAX_SALT_CHARACTERS = 128
 MAX_PRIORITY = 100
+MAX_MESSAGES = 8192
+"""Of a conversation; more of them, in the size that a request may have, would keep the router from its other work."""
 MAX_TOLD = 8
 """Of what is wrong with a conversation's messages: there may be millions."""
 
@@ -150,7 +152,9 @@ def _parse_prompt(
 
 
 def _parse_chat(chat: inference_pb2.Chat) -> list[ChatTurn]:
-    violations = [] if chat.messages else [FieldViolation("prompt.chat.messages", "is empty")]
+    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
+        raise _invalid("prompt.chat.messages", f"must be 1 to {MAX_MESSAGES}")
+    violations: list[FieldViolation] = []
     for index, message in enumerate(chat.messages):
         if len(violations) >= MAX_TOLD:
             break

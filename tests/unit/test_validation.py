@@ -148,6 +148,7 @@ def _chat(*messages: tuple[str, str]) -> inference_pb2.Chat:
         ({"tokens": common_pb2.TokenIds(ids=[1, 256])}, "prompt.tokens.ids"),
         ({"tokens": common_pb2.TokenIds(ids=[1] * 32)}, "prompt.tokens.ids"),
         ({"chat": _chat()}, "prompt.chat.messages"),
+        ({"chat": _chat(*[("user", "x")] * 8193)}, "prompt.chat.messages"),
         ({"chat": _chat(("user", "x"), ("robot", "x"))}, "prompt.chat.messages[1].role"),
         ({"chat": _chat(("user", ""))}, "prompt.chat.messages[0].content"),
         ({"chat": _chat(("user", "x" * 40))}, "prompt.chat"),
@@ -210,7 +211,7 @@ def test_everything_wrong_is_told_at_once() -> None:
 
 def test_what_is_told_is_bounded_however_much_is_wrong() -> None:
     """Promise: a small request cannot make the router write a book about it."""
-    violated = _fields(_request(chat=_chat(*[("", "")] * 10_000)), _chatty())
+    violated = _fields(_request(chat=_chat(*[("", "")] * 8192)), _chatty())
     assert violated[0] == "prompt.chat.messages[0].role"
     assert len(violated) == MAX_TOLD
 
