@@ -77,11 +77,13 @@ async def test_the_sdks_retry_after_a_lost_answer_appends_nothing() -> None:
     async with http_house() as here:
         session_id = await opened(here)
         losing = Losing()
+        # The SDK's annotations name another release of the library.
+        through: Any = httpx.AsyncClient(transport=losing)
         async with openai.AsyncOpenAI(
             base_url=here.base_url,
             api_key="none",
             max_retries=2,
-            http_client=httpx.AsyncClient(transport=losing),
+            http_client=through,
         ) as client:
             answer = await client.completions.create(
                 model="sim",
