@@ -36,9 +36,16 @@ class _Running:
         self.ticket: Ticket | None = None
         """Its place, once it has one."""
         self.lender: _Running | None = None
-        """Whose place it has."""
+        """Whose place it took."""
         self.over = False
         self.error: BatonError | None = None
+
+    @property
+    def living_lender(self) -> "_Running | None":
+        """Whose place it has, where that one goes on, or the one that had it from."""
+        while self.lender is not None and self.lender.over:
+            self.lender = self.lender.lender
+        return self.lender
 
     def abort(self, error: BatonError) -> None:
         """The request ends with `error`, at its next await. The first call decides."""
@@ -134,16 +141,17 @@ class RequestTable:
     ) -> None:
         """Gives back what a request has."""
         running.over = True
-        ticket, lender = running.ticket, running.lender
-        running.ticket = running.lender = None
-        if ticket is not None and lender is not None and not lender.over:
+        ticket, lender = running.ticket, running.living_lender
+        running.ticket = None
+        if ticket is not None and lender is not None:
             lender.ticket = ticket
         elif ticket is not None:
             self._leave(ticket, running.completion_tokens())
         if self._requests.get(name) is running:
             del self._requests[name]
-            if earlier is not None and not earlier.over:
-                self._requests[name] = earlier
+            heir = earlier if lender is None else lender
+            if heir is not None and not heir.over:
+                self._requests[name] = heir
         if not self._requests:
             self._idle.set()
 

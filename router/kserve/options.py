@@ -17,9 +17,9 @@ from router.kserve.tensors import BYTES, Tensor
 
 SAMPLING_PARAMETERS = "sampling_parameters"
 MAX_SHOWN_CHARACTERS = 64
+"""Of a name that nobody knows."""
 MAX_ENTRIES = 64
 """Of any of a request's lists of names; fewer are known. What is wrong with each takes far more room than the name."""
-"""Of a name that nobody knows."""
 
 Meaning = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | dict[int, float]
 

@@ -114,6 +114,24 @@ async def test_of_many_that_go_on_the_last_one_has_the_place(rig: Rig) -> None:
     await requests[-1].leave()
 
 
+async def test_a_place_goes_back_past_those_that_have_ended(rig: Rig) -> None:
+    """Promise: however its owner is replaced, a stream that goes on is never without its id and a place: its tenant has no more
+    than it may.
+    """
+    first = rig.start()
+    await first.is_in.wait()
+    second = rig.start(goes_on=True)
+    await second.is_in.wait()
+    third = rig.start(goes_on=True)
+    await third.is_in.wait()
+    await second.leave()
+    await third.leave()
+    assert rig.admission.running == 1
+    rig.table.cancel(NAME, "t")
+    with pytest.raises(CancelledError):
+        await first.task
+
+
 async def test_a_draining_router_takes_no_request_from_its_stream(rig: Rig) -> None:
     first = rig.start()
     await first.is_in.wait()
