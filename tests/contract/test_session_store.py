@@ -333,14 +333,17 @@ async def test_a_locked_file_fails_all_operations_in_bounded_time(
     """Promise: operations that wait for one another do not wait one another's time: each is UNAVAILABLE within its own limit, and changes
     nothing once the file is free.
     """
-    monkeypatch.setattr("router.sessions.sqlite.TIMEOUT_S", 0.4)
     path = tmp_path / "sessions.db"
     store = open_store(f"sqlite://{path}", 0)
     made = await created(store)
-    many = [session() for _ in range(20)]
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+    many = [session() for _ in range(40)]
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("router.sessions.sqlite.TIMEOUT_S", 0.5)
         other.execute("BEGIN IMMEDIATE")
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(10):
             results = await asyncio.gather(
                 *(store.create(each, max_sessions=MANY) for each in many), return_exceptions=True
             )
