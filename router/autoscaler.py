@@ -8,12 +8,9 @@ import logging
 import time
 from collections import deque
 
-import grpc
-
-from baton.errors import BatonError, UnavailableError
+from baton.errors import BatonError
 from baton.service.metrics import RouterMetrics
 from baton.service.settings import RouterSettings
-from baton.service.status import error_from_rpc
 from baton.types import Role, WorkerId
 from router.autoscale import AutoscaleConfig, FleetSample, RoleChange, decide
 from router.fleet import Fleet
@@ -77,9 +74,7 @@ class Autoscaler:
             await self._fleet.set_role(
                 change.worker_id, change.to_role, self._settings.drain_grace_s
             )
-        except grpc.aio.AioRpcError as error:
-            failure = error_from_rpc(error)
-        except UnavailableError as error:
+        except BatonError as error:
             failure = error
         finally:
             self._changed_at_s[change.worker_id] = time.monotonic()

@@ -280,7 +280,7 @@ class Fleet:
         return [m for m in members if Role.DECODE in (m.info.role, *m.info.can_be)]
 
     async def set_role(self, worker_id: WorkerId, role: Role, drain_timeout_s: float) -> None:
-        """Has a member turn to another role. Raises `UnavailableError` where it is no member, and what its call raises."""
+        """Has a member turn to another role. Raises `UnavailableError` where it is no member, and what `Member.set_role` raises."""
         member = self._members.get(worker_id)
         if member is None:
             raise UnavailableError(f"worker {worker_id} is no member")

@@ -49,12 +49,21 @@ from router.sessions.record import mark_of
 from router.sessions.turn import Turn, TurnResult
 from router.status.activity import Activity
 from router.tenants import Demand
-from router.validation import NO_HISTORY, ModelFacts, ValidRequest, chat_turns, parse_generate
+from router.validation import (
+    NO_HISTORY,
+    ModelFacts,
+    ValidRequest,
+    chat_turns,
+    is_request_id,
+    parse_generate,
+)
 
 MIN_REST_S = 0.005
 """Shorter rests would join little, and cost a timer."""
 MAX_REST_S = 0.1
 """Tokens that wait longer would be seen to come in jerks."""
+MAX_TIMEOUT_S = 1e6
+"""A client that asks for more gets this: calls to workers cannot express any number, and would time out at once."""
 INLINE_BYTES = 8192
 """Requests up to this size are tokenized on the event loop: that takes less time than a thread's turn."""
 
@@ -179,13 +188,13 @@ class Inference:
                 account.request = valid
                 bind(request=valid.request_id)
                 deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-                self._table.replace(valid.request_id, tenant)
-                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late.
+                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late, or for its tokens.
                 entry = self._table.enter(
                     valid.request_id,
-                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=valid.sampling.max_tokens),
+                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=0),
                     predicted_ttft_s=lambda: None,
                     completion_tokens=lambda: account.completion_tokens,
+                    goes_on=True,
                 )
                 async with (
                     self._session_of(valid) as account.turn,
@@ -251,7 +260,9 @@ class Inference:
         return response
 
     def _timeout_s(self, given_s: float | None) -> float:
-        return self._settings.default_timeout_s if given_s is None else max(0.0, given_s)
+        if given_s is None:
+            return self._settings.default_timeout_s
+        return min(MAX_TIMEOUT_S, max(0.0, given_s))
 
     async def _facts(self) -> ModelFacts:
         """Waits, within limits, for the first worker: only workers know the model's limits."""
@@ -307,6 +318,9 @@ class Inference:
 
     async def _find(self, request_id: str, tenant: str) -> dict[int, HeldAttempt]:
         """What workers hold of a tenant's request. Raises `NotFoundError`; a router that has just come up waits for its workers first."""
+        if not is_request_id(request_id):
+            # Nobody need be asked, least of all every worker about megabytes.
+            raise NotFoundError("request", request_id)
         end_s = self._since_s + self._settings.worker_wait_s
         while True:
             members = self._fleet.decode_members()

@@ -9,11 +9,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 
 from baton import codec
-from baton.errors import UnavailableError
+from baton.errors import BatonError, UnavailableError
 from baton.service.status import error_from_rpc
 from baton.service.tracing import headers_of
 from baton.types import NO_TRACE, AttemptKey, Role, TraceContext, WorkerId, WorkerInfo
@@ -45,6 +46,9 @@ CLOSE_GRACE_S = 1.0
 
 ROLE_SLACK_S = 5.0
 """What a change of role may take beyond its drain."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,10 +127,10 @@ class Member:
         request = decode_pb2.FindRequest(request_id=request_id, tenant=tenant)
         try:
             self._raise_if_lost()
-            found: decode_pb2.FindResponse = await self._decode.Find(
-                request, timeout=FIND_TIMEOUT_S
+            found: decode_pb2.FindResponse = await _answer(
+                self._decode.Find(request, timeout=FIND_TIMEOUT_S)
             )
-        except (grpc.aio.AioRpcError, UnavailableError):
+        except BatonError:
             return decode_pb2.FindResponse()
         return found
 
@@ -136,11 +140,10 @@ class Member:
         """
         request = decode_pb2.HandOverRequest(key=codec.key_to_proto(key), holder=holder)
         self._raise_if_lost()
-        try:
-            response = await self._decode.HandOver(request, timeout=HAND_OVER_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return int(response.end_index)
+        call: Awaitable[decode_pb2.HandOverResponse] = self._decode.HandOver(
+            request, timeout=HAND_OVER_TIMEOUT_S
+        )
+        return (await _answer(call)).end_index
 
     @property
     def draining(self) -> bool:
@@ -155,12 +158,14 @@ class Member:
                 watch.on_draining()
 
     async def set_role(self, role: Role, drain_timeout_s: float) -> None:
-        """Has the worker turn to a role; returns once it announced it. Raises `UnavailableError` where the member is lost."""
+        """Has the worker turn to a role; returns once it announced it. Raises a `BatonError` where it does not, `UnavailableError` where
+        the member is lost.
+        """
         self._raise_if_lost()
         request = worker_pb2.SetRoleRequest(
             role=codec.role_to_proto(role), drain_timeout_seconds=drain_timeout_s
         )
-        await self._worker.SetRole(request, timeout=drain_timeout_s + ROLE_SLACK_S)
+        await _answer(self._worker.SetRole(request, timeout=drain_timeout_s + ROLE_SLACK_S))
 
     def watch(self, watch: "Watch") -> None:
         """Until `unwatch`, tells when the member is lost, and when it begins to drain; at once where it is, or does."""
@@ -224,6 +229,22 @@ class Member:
     def _raise_if_lost(self) -> None:
         if self._lost is not None:
             raise self._lost
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    """The answer to a call. Raises what the worker said, or `UnavailableError` where the channel was closed meanwhile: that cancels its
+    calls, and not the tasks that wait for them.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    except asyncio.CancelledError:
+        if task.cancelling():
+            raise
+        raise UnavailableError("the channel was closed") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,19 @@ class _Running:
     def __init__(self, task: asyncio.Task[object], completion_tokens: Callable[[], int]) -> None:
         self._task = task
         self.completion_tokens = completion_tokens
+        self.ticket: Ticket | None = None
+        """Its place, once it has one."""
+        self.lender: _Running | None = None
+        """Whose place it took."""
+        self.over = False
         self.error: BatonError | None = None
+
+    @property
+    def living_lender(self) -> "_Running | None":
+        """Whose place it has, where that one goes on, or the one that had it from."""
+        while self.lender is not None and self.lender.over:
+            self.lender = self.lender.lender
+        return self.lender
 
     def abort(self, error: BatonError) -> None:
         """The request ends with `error`, at its next await. The first call decides."""
@@ -86,17 +98,20 @@ class RequestTable:
         *,
         predicted_ttft_s: Callable[[], float | None],
         completion_tokens: Callable[[], int],
+        goes_on: bool = False,
     ) -> AsyncIterator[None]:
         """Serves a request inside the context, once it is its turn. `predicted_ttft_s` tells how long it would take to its first token
-        if it were served now, `completion_tokens` what it has generated so far. Raises `DrainingError` while draining,
-        `AlreadyExistsError` where one of that id and tenant is here, `CapacityError` where admission refuses it, and what the request was
-        aborted with.
+        if it were served now, `completion_tokens` what it has generated so far. One that `goes_on` with the request of that id and
+        tenant takes its id and its place, where one is here; that one will end, and else has them back. Raises `DrainingError` while
+        draining, `AlreadyExistsError` where one of that id and tenant is here, `CapacityError` where admission refuses it, and what the
+        request was aborted with.
         """
         if self._refuses:
             self._metrics.record_rejection("draining")
             raise DrainingError("the router is draining")
         name = (demand.tenant, request_id)
-        if name in self._requests:
+        earlier = self._requests.get(name)
+        if earlier is not None and not goes_on:
             self._metrics.record_rejection("duplicate")
             raise AlreadyExistsError(f"a request {request_id!r} runs")
         task = asyncio.current_task()
@@ -104,27 +119,41 @@ class RequestTable:
         running = self._requests[name] = _Running(task, completion_tokens)
         self._idle.clear()
         try:
-            ticket = await self._turn(demand, predicted_ttft_s)
+            if earlier is not None and earlier.ticket is not None:
+                running.ticket, earlier.ticket, running.lender = earlier.ticket, None, earlier
+            else:
+                running.ticket = await self._turn(demand, predicted_ttft_s)
             self._metrics.running.inc()
             try:
                 yield
             finally:
                 self._metrics.running.dec()
-                self._leave(ticket, completion_tokens())
         except asyncio.CancelledError:
             if running.error is None:
                 raise
             running.uncancel()
             raise running.error from None
         finally:
-            if self._requests.get(name) is running:
-                del self._requests[name]
-            if not self._requests:
-                self._idle.set()
+            self._end(name, running, earlier)
 
-    def replace(self, request_id: RequestId, tenant: str) -> None:
-        """A request of that id, if one is here, gives up its id: another stream goes on with it, and its own will end."""
-        self._requests.pop((tenant, request_id), None)
+    def _end(
+        self, name: tuple[str, RequestId], running: _Running, earlier: _Running | None
+    ) -> None:
+        """Gives back what a request has."""
+        running.over = True
+        ticket, lender = running.ticket, running.living_lender
+        running.ticket = None
+        if ticket is not None and lender is not None:
+            lender.ticket = ticket
+        elif ticket is not None:
+            self._leave(ticket, running.completion_tokens())
+        if self._requests.get(name) is running:
+            del self._requests[name]
+            heir = earlier if lender is None else lender
+            if heir is not None and not heir.over:
+                self._requests[name] = heir
+        if not self._requests:
+            self._idle.set()
 
     def cancel(self, request_id: str, tenant: str) -> None:
         """Ends a request with `CancelledError`. Raises `NotFoundError`, also for another tenant's."""

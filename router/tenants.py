@@ -77,9 +77,9 @@ class Tenant:
         return demand.prompt_tokens + min(demand.max_tokens, self._usual_output_tokens)
 
     def wait_s(self, tokens: float, now_s: float) -> float:
-        """Until the rate permits so many tokens; 0 is now."""
+        """Until the rate permits so many tokens; 0 is now, and so it is for none: a request that was admitted once."""
         rate = self.limits.tokens_per_s
-        if rate is None:
+        if rate is None or not tokens:
             return 0.0
         size = self.limits.burst_tokens or BURST_S * rate
         return max(0.0, self.spent_tokens(now_s) + min(tokens, size) - size) / rate

@@ -29,6 +29,10 @@ MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 16
 MAX_SALT_CHARACTERS = 128
 MAX_PRIORITY = 100
+MAX_MESSAGES = 8192
+"""Of a conversation; more of them, in the size that a request may have, would keep the router from its other work."""
+MAX_TOLD = 8
+"""Of what is wrong with a conversation's messages: there may be millions."""
 
 NO_HISTORY = History()
 
@@ -148,8 +152,12 @@ def _parse_prompt(
 
 
 def _parse_chat(chat: inference_pb2.Chat) -> list[ChatTurn]:
-    violations = [] if chat.messages else [FieldViolation("prompt.chat.messages", "is empty")]
+    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
+        raise _invalid("prompt.chat.messages", f"must be 1 to {MAX_MESSAGES}")
+    violations: list[FieldViolation] = []
     for index, message in enumerate(chat.messages):
+        if len(violations) >= MAX_TOLD:
+            break
         path = f"prompt.chat.messages[{index}]"
         if message.role not in _ROLES:
             violations.append(FieldViolation(f"{path}.role", f"must be one of {', '.join(_ROLES)}"))
@@ -169,8 +177,13 @@ def _invalid(field: str, description: str) -> InvalidRequestError:
     return InvalidRequestError(FieldViolation(field, description))
 
 
+def is_request_id(text: str) -> bool:
+    """Whether a request may have that id."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 def _id_violations(request_id: str) -> Iterator[FieldViolation]:
-    if request_id and not _REQUEST_ID.fullmatch(request_id):
+    if request_id and not is_request_id(request_id):
         allowed = "must be 1 to 128 characters of letters, digits, '.', '_', ':' and '-'"
         yield FieldViolation("request_id", allowed)
 

@@ -85,7 +85,7 @@ class ForeignRouter:
         return self.prefill.Generate(leg, timeout=20)
 
     async def generate(
-        self, request_id: str, prompt: Sequence[int], *, stream: bool = False, **sampling: Any
+        self, request_id: str, prompt: Sequence[int] | str, *, stream: bool = False, **sampling: Any
     ) -> ForeignAnswer:
         request = generate_request(request_id, prompt, stream=stream, **sampling)
         first = await answer_of(self.prefill_call(request))

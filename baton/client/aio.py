@@ -21,7 +21,7 @@ from baton.client.types import (
     SamplingOptions,
     Session,
 )
-from baton.client.unary import ask_async
+from baton.client.unary import ask_async, closing_told
 from baton.client.wire import (
     Collector,
     call_metadata,
@@ -60,7 +60,7 @@ class AsyncStream:
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         while True:
             try:
-                async for response in self._call:
+                while (response := await self._read()) is not None:
                     chunk = self._collector.add(response)
                     self._recovery.progress(fresh=chunk is not None)
                     if chunk is not None:
@@ -76,6 +76,12 @@ class AsyncStream:
             else:
                 self._collector.check_ended()
                 return
+
+    async def _read(self) -> pb.GenerateResponse | None:
+        """None at the end."""
+        with closing_told():
+            response = await self._call.read()
+        return response if isinstance(response, pb.GenerateResponse) else None
 
     def _start(
         self, message: pb.GenerateRequest | pb.AttachRequest
@@ -106,7 +112,7 @@ class AsyncStream:
         return self._collector.seed
 
     def close(self) -> None:
-        """Cancels the request if it runs. Idempotent."""
+        """Cancels the request if it runs; whoever reads it gets `CancelledError`. Idempotent."""
         self._closed = True
         self._call.cancel()
 

@@ -3,14 +3,16 @@
 A call whose answer was lost may have been carried out: a session may have been created that nobody knows, or closed.
 """
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from baton.client.recovery import Routers, Services
-from baton.errors import DrainingError, UnavailableError
+from baton.errors import CancelledError, DrainingError, UnavailableError
 from baton.service.status import error_from_rpc, said_by_peer
 
 Pick = Callable[[Services], Any]
@@ -32,11 +34,26 @@ async def ask_async(routers: Routers, pick: Pick, request: object, timeout_s: fl
     tries = _Tries(routers, timeout_s)
     while True:
         try:
-            return await pick(tries.router)(
-                request, timeout=tries.left_s(), metadata=routers.metadata
-            )
+            with closing_told():
+                return await pick(tries.router)(
+                    request, timeout=tries.left_s(), metadata=routers.metadata
+                )
         except grpc.RpcError as error:
             tries.failed(error)
+
+
+@contextmanager
+def closing_told() -> Iterator[None]:
+    """An asyncio call runs inside. Raises `CancelledError`, Baton's, where the call was closed: gRPC says so as if the task had been
+    cancelled that waits for it.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise CancelledError("the client closed the call") from None
 
 
 class _Tries:

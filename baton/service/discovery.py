@@ -24,7 +24,10 @@ async def found_routers(names: Iterable[str]) -> frozenset[RouterAddress]:
     found = set()
     for name in names:
         host, _, port = name.rpartition(":")
-        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(f"{host!r} can be no name") from error
         families = {family for family, *_ in answers}
         family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
         for each, _, _, _, address in answers:

@@ -5,6 +5,7 @@ Asked on the event loop and on gRPC's own threads.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
@@ -14,6 +15,9 @@ from baton.errors import BatonError
 
 _log = logging.getLogger(__name__)
 
+RETRY_S = 1.0
+"""How long files that could not be read are left alone: what failed may have been the reading."""
+
 T = TypeVar("T")
 
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -21,7 +25,9 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Reloaded(Generic[T]):
-    """What some files say. A change that cannot be read leaves what was read before in force, and one line in the log."""
+    """What some files say. A change that cannot be read leaves what was read before in force, and one line in the log, and is
+    tried again.
+    """
 
     def __init__(self, paths: Sequence[str], load: Callable[[], T]) -> None:
         """Reads at once. Raises what `load` raises, a `BatonError`."""
@@ -31,6 +37,8 @@ class Reloaded(Generic[T]):
         self._stamp = self._look()
         self._value = load()
         self._version = 0
+        self._failed_at_s: float | None = None
+        """When a change could not be read."""
 
     @property
     def value(self) -> T:
@@ -42,21 +50,25 @@ class Reloaded(Generic[T]):
         """The latest that could be read, and a number that is another one after every change."""
         with self._lock:
             stamp = self._look()
-            if stamp != self._stamp:
+            failed_s, now_s = self._failed_at_s, time.monotonic()
+            changed = stamp != self._stamp
+            if changed or (failed_s is not None and now_s - failed_s >= RETRY_S):
                 # Taken before reading: what is written meanwhile is read next time.
                 self._stamp = stamp
-                self._reload()
+                self._reload(now_s, changed=changed)
             return self._value, self._version
 
-    def _reload(self) -> None:
-        files = ", ".join(self._paths)
+    def _reload(self, now_s: float, *, changed: bool) -> None:
         try:
             self._value = self._load()
         except BatonError as error:
-            _log.error("what was read before stays in force: %s", error.message)
+            self._failed_at_s = now_s
+            if changed:
+                _log.error("what was read before stays in force: %s", error.message)
         else:
+            self._failed_at_s = None
             self._version += 1
-            _log.info("read anew: %s", files)
+            _log.info("read anew: %s", ", ".join(self._paths))
 
     def _look(self) -> _Stamp | None:
         """None where a file is not there."""

@@ -40,6 +40,8 @@ from baton.vllm.parsing import parse
 from baton.vllm.text import WorkerText
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
+INLINE_BYTES = 8192
+"""Requests up to this size are parsed on the event loop: tokenizing megabytes takes longer than a lease."""
 _PIECE_BYTES = 512 * 1024
 """Of a tokenizer's archive, in a message."""
 _KV_ROLES = {
@@ -72,7 +74,13 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[mis
         info = self._host.info  # of a worker that runs
         text = await self._tokenizer() if _needs_text(request) else None
         trace = trace_of(context.invocation_metadata() or ())
-        parsed = replace(parse(request, self._host.engine.info, text), trace=trace)
+        inline, engine = request.ByteSize() <= INLINE_BYTES, self._host.engine.info
+        valid = (
+            parse(request, engine, text)
+            if inline
+            else await asyncio.to_thread(parse, request, engine, text)
+        )
+        parsed = replace(valid, trace=trace)
         is_prefill = self._is_prefill(request, parsed, info.role)
         if is_prefill:
             parsed = parsed.as_prefill()

@@ -18,6 +18,8 @@ from router.kserve.tensors import BYTES, Tensor
 SAMPLING_PARAMETERS = "sampling_parameters"
 MAX_SHOWN_CHARACTERS = 64
 """Of a name that nobody knows."""
+MAX_ENTRIES = 64
+"""Of any of a request's lists of names; fewer are known. What is wrong with each takes far more room than the name."""
 
 Meaning = bool | int | float | str | tuple[str, ...] | tuple[int, ...] | dict[int, float]
 
@@ -190,6 +192,9 @@ class Options:
             values = None
         if not isinstance(values, dict):
             self._wrong(field, "must be a JSON object")
+            return
+        if len(values) > MAX_ENTRIES:
+            self._wrong(field, f"must have at most {MAX_ENTRIES} names")
             return
         for name, value in values.items():
             kind = self._kind(field, name, _JSON, "names")

@@ -9,12 +9,14 @@ from typing import Any
 
 from baton.errors import FieldViolation, InvalidRequestError, NotFoundError
 from baton.v1 import inference_pb2 as pb
-from router.kserve.options import FLAGS, SAMPLING, Meaning, Options
+from router.kserve.options import FLAGS, MAX_ENTRIES, SAMPLING, Meaning, Options
 from router.kserve.tensors import tensors_of
 from router.kserve.v2 import inference_pb2 as kserve
 
 VERSION = "1"
 """Of the model: there is one."""
+MAX_ID_CHARACTERS = 1024
+"""Every answer carries it."""
 MAX_TIMEOUT_US = 10**12
 TEXT_OUTPUT = "text_output"
 OUTPUTS = {
@@ -57,6 +59,7 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
     protocol's own terms; what its values may be is for the core to say.
     """
     check_version(request.model_name, request.model_version)
+    _check_sizes(request)
     options = Options()
     options.add_inputs(tensors_of(request))
     options.add_parameters(request.parameters)
@@ -97,6 +100,25 @@ def check_version(model: str, version: str) -> None:
     """Raises `NotFoundError` for a version that there is not."""
     if version not in ("", VERSION):
         raise NotFoundError("model", f"{model} version {version}")
+
+
+def _check_sizes(request: kserve.ModelInferRequest) -> None:
+    """Before anything is made of what a request lists. Raises `InvalidRequestError`."""
+    sizes = {
+        "inputs": len(request.inputs),
+        "outputs": len(request.outputs),
+        "parameters": len(request.parameters),
+    }
+    violations = [
+        FieldViolation(name, f"must have at most {MAX_ENTRIES} entries")
+        for name, size in sizes.items()
+        if size > MAX_ENTRIES
+    ]
+    if len(request.id) > MAX_ID_CHARACTERS:
+        limits = f"must have at most {MAX_ID_CHARACTERS} characters"
+        violations.append(FieldViolation("id", limits))
+    if violations:
+        raise InvalidRequestError(*violations)
 
 
 def in_this_protocol(error: InvalidRequestError) -> InvalidRequestError:

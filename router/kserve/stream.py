@@ -15,6 +15,7 @@ from baton.service.interceptors import typed_error
 from baton.service.status import code_of
 from router.client_stream import ClientStream
 from router.kserve.answer import FINAL, Send
+from router.kserve.request import MAX_ID_CHARACTERS
 from router.kserve.v2 import inference_pb2 as kserve
 
 UNREAD_MESSAGES = 16
@@ -71,10 +72,11 @@ def _failed(
     request: kserve.ModelInferRequest, error: BatonError
 ) -> kserve.ModelStreamInferResponse:
     """The id stands in the text as well: tritonclient hands on nothing else."""
-    name = f"[request id: {request.id}] " if request.id else ""
+    request_id = request.id[:MAX_ID_CHARACTERS]
+    name = f"[request id: {request_id}] " if request_id else ""
     message = f"{name}{code_of(error).name}: {error.message}"
     response = kserve.ModelStreamInferResponse(error_message=message)
-    response.infer_response.id = request.id
+    response.infer_response.id = request_id
     response.infer_response.model_name = request.model_name
     response.infer_response.parameters[FINAL].bool_param = True
     return response

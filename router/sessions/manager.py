@@ -207,7 +207,9 @@ class SessionManager:
             raise NotFoundError("session", key.session_id)
         turn = self._turn(*begun, lease, outlives=bool(resumed_lease_id))
         if turn.is_past:
-            await self._settle("abandon", self._store.end_turn(turn.session, None, lease))
+            ending = self._settle("abandon", self._store.end_turn(turn.session, None, lease))
+            with suppress(UnavailableError):
+                await asyncio.shield(ending)
             return turn
         refused = self._refusal(turn, model)
         if refused is not None:
@@ -236,7 +238,9 @@ class SessionManager:
         """Raises `SessionLostError` where the lease was lost."""
         ending = self._settle("commit", self._store.end_turn(session, turn.history, turn.lease))
         if not await asyncio.shield(ending):
-            raise turn.lost(TAKEN)
+            if not await self._is_written(turn):
+                raise turn.lost(TAKEN)
+            return
         self._recent.saw(session)
         self._metrics.record_tokens(
             prompt=session.prompt_tokens - turn.session.prompt_tokens,
@@ -269,12 +273,19 @@ class SessionManager:
             turn.lease = replace(turn.lease, until_s=self._clock() + lease_s)
             try:
                 held = await self._do("renew", self._store.renew(turn.key, turn.lease))
+                written = not held and await self._is_written(turn)
             except UnavailableError as error:
                 _log.warning("a session's lease was not renewed: %s", error.message)
                 continue
             if not held:
-                turn.lose(TAKEN)
+                if not written:
+                    turn.lose(TAKEN)
                 return
+
+    async def _is_written(self, turn: Turn) -> bool:
+        """Whether a turn whose lease is gone is the session's last: another router, which it was begun at or goes on at, finished it."""
+        session = await self._do("get", self._store.get(turn.key, self._clock()))
+        return session is not None and session.last_lease_id == turn.lease.lease_id
 
     async def _sweep_forever(self) -> None:
         while True:

@@ -5,6 +5,7 @@ The connection belongs to one thread, in which operations run one after the othe
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,8 @@ from router.sessions.record import (
 )
 from router.sessions.store import Counts, Query
 
-BUSY_TIMEOUT_S = 5.0
-"""How long another process may hold the file."""
+TIMEOUT_S = 5.0
+"""How long an operation may wait, for those before it and for another process that holds the file."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -187,7 +188,13 @@ class SqliteStore:
             self._thread.shutdown()
 
     async def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        end_s = time.monotonic() + TIMEOUT_S
+
         def transact() -> T:
+            left_ms = round(1000 * (end_s - time.monotonic()))
+            if left_ms <= 0:
+                raise sqlite3.OperationalError("those before it took too long")
+            self._db.execute(f"PRAGMA busy_timeout = {left_ms}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 result = act(self._db)
@@ -198,7 +205,11 @@ class SqliteStore:
             return result
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, transact)
+            # A disk that hangs knows nothing of that.
+            async with asyncio.timeout(2 * TIMEOUT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, transact)
+        except TimeoutError:
+            raise UnavailableError("the session store does not answer") from None
         except sqlite3.Error as error:
             # Its text speaks of the file, never of what was to be written.
             raise UnavailableError(f"the session store failed: {error}") from error
@@ -209,7 +220,7 @@ def _open(path: Path | None) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
     # Transactions are begun by hand.
-    db = sqlite3.connect(path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    db = sqlite3.connect(path or ":memory:", timeout=TIMEOUT_S, isolation_level=None)
     # A crash of the process loses nothing; one of the machine, at most the last turns.
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")

@@ -2,9 +2,11 @@
 
 import asyncio
 import random
+import sqlite3
 import string
 from array import array
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,6 +324,32 @@ async def test_broken_connections_are_replaced(redis_url: str) -> None:
             else:
                 break
     assert await store.begin_turn(made.key, lease(), NOW_S) is not None
+    await store.close()
+
+
+async def test_a_locked_file_fails_all_operations_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: operations that wait for one another do not wait one another's time: each is UNAVAILABLE within its own limit, and changes
+    nothing once the file is free.
+    """
+    path = tmp_path / "sessions.db"
+    store = open_store(f"sqlite://{path}", 0)
+    made = await created(store)
+    many = [session() for _ in range(40)]
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr("router.sessions.sqlite.TIMEOUT_S", 0.5)
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(
+                *(store.create(each, max_sessions=MANY) for each in many), return_exceptions=True
+            )
+    assert all(isinstance(result, UnavailableError) for result in results), results
+    assert await store.get(made.key, NOW_S) == made
+    assert await store.count(NOW_S) == Counts(idle=1, generating=0)
     await store.close()
 
 

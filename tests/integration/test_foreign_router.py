@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import threading
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ import baton
 from baton.engine.sim import SimConfig
 from baton.errors import (
     CapacityError,
+    FieldViolation,
     InvalidRequestError,
     PreconditionError,
     UnavailableError,
@@ -32,6 +34,7 @@ from baton.service.settings import WorkerSettings
 from baton.types import SamplingParams, Sequence
 from baton.vllm.legs import ForeignRequest, Held, Tokens
 from baton.vllm.servicer import SERVICE
+from baton.vllm.text import WorkerText
 from tests.certificates import Authority
 from tests.foreign_router import ForeignRouter, answer_of, foreign_router, generate_request
 from tests.worker_rig import SIM, Rig, error_of, is_idle, key, worker_pair
@@ -479,3 +482,24 @@ async def test_who_has_no_certificate_of_the_fleet_gets_no_answer(tmp_path: Path
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await router.decode.GetModelInfo(pb.GetModelInfoRequest(), timeout=5)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_long_text_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise: while a worker tokenizes one request's text, it answers others, and its heartbeats go out."""
+    begun, others_answered = threading.Event(), threading.Event()
+
+    def encode(_: WorkerText, text: str) -> tuple[int, ...]:
+        begun.set()
+        assert others_answered.wait(20)
+        raise InvalidRequestError(FieldViolation("text", f"of {len(text)} characters"))
+
+    monkeypatch.setattr(WorkerText, "encode", encode)
+    async with pair(TEXTUAL) as (rig, router):
+        asking = asyncio.create_task(router.generate("a", "x" * 100_000, **GREEDY))
+        assert await asyncio.to_thread(begun.wait, 20)
+        async with open_channel(rig.decode.host.info.address, WorkerSettings()) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        others_answered.set()
+        with pytest.raises(grpc.aio.AioRpcError, match="of 100000 characters"):
+            await asking

@@ -35,6 +35,21 @@ async def test_a_client_that_goes_in_any_stage_leaves_nothing_behind(
         await here.settled()
 
 
+async def test_a_timeout_of_any_length_is_no_workers_fault() -> None:
+    """Promise: no number that a client can say fails an attempt, or brings a worker under suspicion."""
+    async with cluster(**LISTEN) as here, httpx.AsyncClient() as client:
+        await here.prefill("p")
+        await here.decode("d")
+        for timeout_s in ("1e300", "1e18", "1e12"):
+            headers = {"x-request-timeout-s": timeout_s}
+            answer = await client.post(url(here), json=BODY, headers=headers)
+            assert answer.status_code == 200, answer.text
+        ended = {"outcome": "ok", "reason": "ok", "stage": "decode"}
+        count = here.app.metrics.registry.get_sample_value
+        assert count("baton_attempts_total", ended) == 3
+        assert not any(report.suspect for report in here.app.fleet.reports())
+
+
 async def test_a_client_that_goes_while_it_waits_for_its_turn_leaves_nothing_behind() -> None:
     async with cluster(max_running=1, **LISTEN) as here, httpx.AsyncClient() as client:
         hangs = await hanging(here, Role.DECODE, "token:4")

@@ -22,6 +22,7 @@ from baton.service.status import error_from_rpc
 from baton.types import Role
 from baton.v1 import inference_pb2
 from tests.integration.router_fakes import PROMPT, Answer, Cluster, cluster, expected, request
+from tests.worker_rig import error_of
 
 STAGES = [
     (Role.DECODE, "arrived"),
@@ -59,6 +60,16 @@ async def test_a_cancelled_request_ends_with_cancelled_in_any_stage(role: Role, 
         with pytest.raises(CancelledError):
             await running
         await here.settled()
+
+
+@pytest.mark.parametrize("name", ["", "no id", "x" * 1_000_000], ids=["none", "bad", "long"])
+async def test_nobody_is_asked_for_what_can_be_no_request(name: str) -> None:
+    """Promise: it is not found at once; no worker is sent what a client makes up, nor waited for."""
+    async with cluster(worker_wait_s=30.0) as here:
+        await here.prefill("p")
+        await here.decode("d")
+        attach = inference_pb2.AttachRequest(request_id=name)
+        assert isinstance(await error_of(here.inference.Attach(attach, timeout=5)), NotFoundError)
 
 
 @pytest.mark.parametrize(("role", "stage"), STAGES)

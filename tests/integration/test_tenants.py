@@ -182,6 +182,26 @@ async def test_another_tenants_request_is_as_if_it_were_not_there(keys: Keys) ->
         assert isinstance(await error_of(second), CancelledError)
 
 
+async def test_who_attaches_needs_neither_a_place_nor_tokens_anew(keys: Keys) -> None:
+    """Promise: a tenant whose one place and whose tokens its request has taken goes on with it all the same, and at once."""
+    limits = TenantLimits(max_running=1, tokens_per_s=0.01, burst_tokens=100)
+    ours = keys.make("acme", limits=limits)
+    async with guarded(keys) as here:
+        message = request(prompt=prompt_of(3), max_tokens=3000, ignore_eos=True, request_id="r1")
+        call = here.inference.Generate(message, metadata=bearing(ours), timeout=30)
+        await call.read()
+        attach = inference_pb2.AttachRequest(request_id="r1")
+        second = here.inference.Attach(attach, metadata=bearing(ours), timeout=30)
+        assert (await second.read()).accepted.request_id == "r1"
+        cancel = inference_pb2.CancelRequest(request_id="r1")
+        await here.inference.Cancel(cancel, metadata=bearing(ours))
+        for each in (call, second):
+            each.cancel()
+        assert await here.app.table.idle(20)
+        with pytest.raises(CapacityError, match="rate"):
+            await ask(here, ours)
+
+
 async def sessions_of(here: House, key: str) -> list[str]:
     listing = session_pb2.SessionServiceListRequest()
     listed = await here.sessions.List(listing, metadata=bearing(key))

@@ -236,6 +236,22 @@ async def test_cancel_by_id_is_no_task_cancellation(async_client: AsyncClient) -
             await anext(chunks)
 
 
+@pytest.mark.parametrize("what", ["stream", "client"])
+async def test_closing_is_no_task_cancellation(
+    async_client: AsyncClient, router: ScriptedRouter, what: str
+) -> None:
+    """Promise: nor does a stream, or a client, that another task closes: whoever reads gets Baton's error."""
+    stream = async_client.generate("wait")
+    reading = asyncio.create_task(stream.read())
+    assert await asyncio.to_thread(router.begun.wait, 5)
+    if what == "stream":
+        stream.close()
+    else:
+        await async_client.close()
+    with pytest.raises(CancelledError):
+        await asyncio.wait_for(reading, 5)
+
+
 def test_cancelling_an_unknown_request_is_not_found(client: Client) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.cancel("nobody")

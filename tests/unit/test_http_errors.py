@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from baton import errors
 from baton.errors import (
@@ -18,6 +19,7 @@ from baton.errors import (
 )
 from baton.service.status import code_of
 from router.http.errors import to_http, violations
+from router.http.openai.fields import ChatRequest
 
 MADE: dict[type[BatonError], BatonError] = {
     InvalidRequestError: InvalidRequestError(FieldViolation("a.b", "is bad")),
@@ -87,3 +89,19 @@ def test_problems_are_named_as_the_client_wrote_their_fields() -> None:
         ("messages[1].name", "there is no such field"),
         ("x-request-timeout-s", "c"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("message", "count", "parts"),
+    [({"role": "user", "content": "x"}, 8193, 1), ({"type": "text", "text": "x"}, 1, 1025)],
+    ids=["messages", "parts"],
+)
+def test_a_long_list_is_refused_for_its_length(
+    message: dict[str, str], count: int, parts: int
+) -> None:
+    """Promise: nobody keeps the event loop busy with a body of a hundred thousand messages, or parts of one."""
+    each = message if parts == 1 else {"role": "user", "content": [message] * parts}
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate({"messages": [each] * count})
+    told = list(violations(refused.value.errors()))
+    assert any("at most" in violation.description for violation in told), told

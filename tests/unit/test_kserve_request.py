@@ -268,6 +268,21 @@ def test_tensors_that_are_not_what_they_claim_are_refused_before_anything_of_tha
     assert "shared memory is not served" in wrong(shared)
 
 
+def test_what_a_request_lists_is_bounded_before_it_is_read() -> None:
+    """Promise: a small request cannot make the router write a book about it, nor a long id be repeated with every token."""
+    many = kserve.ModelInferRequest(id="x" * 10_000)
+    for number in range(1000):
+        many.inputs.add(name=f"i{number}", datatype="BOOL", shape=[1])
+        many.outputs.add(name=f"o{number}")
+        many.parameters[f"p{number}"].bool_param = True
+    entries = "must have at most 64 entries"
+    assert wrong(many) == (
+        f"inputs: {entries}; outputs: {entries}; parameters: {entries}; id: must have at most 1024 characters"
+    )
+    names = json.dumps({f"n{number}": 1 for number in range(1000)}).encode()
+    assert "must have at most 64 names" in wrong(asking(("sampling_parameters", "BYTES", [names])))
+
+
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     message = wrong(
         asking(("beams", "INT32", [4]), ("stop", "INT32", [1]), parameters={"timeout": "x"})

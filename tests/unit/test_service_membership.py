@@ -320,3 +320,13 @@ async def test_a_router_gone_from_the_name_keeps_its_workers_until_it_ends(
             await until(lambda: agent.num_routers == 1, "it is given up once it has ended")
             assert agent.num_joined == 1
     assert caplog.text.count("cannot be looked up") == 1
+
+
+async def test_a_name_that_can_be_none_is_told_and_looked_up_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Promise: a worker whose setting has a slip says so, and does not stay alone in silence."""
+    async with member(FakeReporter(), found_at="routers..example:50051") as agent:
+        await until(lambda: "cannot be looked up" in caplog.text, "it is told")
+        assert agent._discovering is not None
+        assert not agent._discovering.done()

@@ -48,6 +48,7 @@ class Disturbed(SqliteStore):
         self.gate = asyncio.Event()
         self.gate.set()
         self.began = asyncio.Event()
+        self.ending = asyncio.Event()
         self.failing: set[str] = set()
         self.sweeps = 0
         self.unrenewed: asyncio.Event | None = None
@@ -69,6 +70,7 @@ class Disturbed(SqliteStore):
 
     async def end_turn(self, session: Session, history: History | None, lease: Lease) -> bool:
         kind = "abandon" if history is None else "commit"
+        self.ending.set()
         if kind in self.failing:
             raise UnavailableError("gone")
         await self.gate.wait()
@@ -255,6 +257,55 @@ async def test_a_renewal_that_comes_too_late_takes_nothing_from_a_turn_that_is_w
         assert (await rig.told(session)).turns == 1
 
 
+async def test_a_turn_that_two_routers_finish_is_told_by_both_and_had_once() -> None:
+    """Promise: a client that attached elsewhere, in the moment in which its first router wrote the turn, is told of it too; not where
+    what was written is another turn.
+    """
+    async with rigged(replace(SETTINGS, session_lease_s=60.0)) as rig:
+        session = await rig.manager.create("", model="m")
+        name = session.key.session_id
+        async with rig.manager.turn("", name, model="m", mark="a") as first:
+            assert first is not None
+            lease_id = first.lease.lease_id
+            async with rig.manager.turn("", name, model="m", lease_id=lease_id) as second:
+                assert second is not None
+                await first.finish(RESULT)
+                await second.finish(RESULT)
+                assert (second.finished, second.number) == (True, 1)
+        assert (await rig.told(session)).turns == 1
+
+        async def be_late() -> None:
+            async with rig.manager.turn("", name, model="m", mark="b") as turn:
+                assert turn is not None
+                rig.clock.now_s += 60.0
+                await rig.take_turn(session)
+                await turn.finish(RESULT)
+
+        with pytest.raises(SessionLostError):
+            await be_late()
+        assert (await rig.told(session)).turns == 2
+
+
+async def test_a_turn_that_another_router_wrote_is_not_lost_at_its_next_renewal() -> None:
+    """Promise: its client reads on to the end."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        name = session.key.session_id
+        async with rig.manager.turn("", name, model="m", mark="a") as first:
+            assert first is not None
+            lease_id = first.lease.lease_id
+            async with rig.manager.turn("", name, model="m", lease_id=lease_id) as second:
+                assert second is not None
+                rig.store.unrenewed = asyncio.Event()
+                await first.finish(RESULT)
+                assert rig.store.unrenewed.is_set()
+                # The renewal looks what became of the turn.
+                await rig.told(session)
+                await rig.told(session)
+                await second.finish(RESULT)
+        assert (await rig.told(session)).turns == 1
+
+
 @pytest.mark.parametrize("finishing", [False, True])
 async def test_a_turn_whose_session_was_taken_over_ends(*, finishing: bool) -> None:
     """By its next renewal, or when it would be written."""
@@ -297,6 +348,32 @@ async def test_a_session_knows_the_requests_of_its_latest_turns() -> None:
                 pass
         told = await rig.told(session)
         assert (told.turns, rig.manager.is_generating(told)) == (len(marks), False)
+
+
+async def test_a_turn_that_is_asked_for_again_locks_nothing() -> None:
+    """Promise: who leaves while the answer is looked up gives the lease back, and a store that fails then keeps no answer from anybody."""
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+
+        async def ask() -> None:
+            async with rig.manager.turn("", session.key.session_id, model="m", mark="a") as turn:
+                assert turn is not None
+                await turn.finish(RESULT)
+
+        await ask()
+        for event in (rig.store.began, rig.store.ending):
+            event.clear()
+        asking = asyncio.create_task(ask())
+        await rig.store.began.wait()
+        rig.store.gate.clear()
+        await rig.store.ending.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+        rig.store.gate.set()
+        await _free(rig, session)
+        rig.store.failing = {"abandon"}
+        await ask()
+        assert (await rig.told(session)).turns == 1
 
 
 async def test_a_full_store_makes_room_of_what_has_expired() -> None:

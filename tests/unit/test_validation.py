@@ -15,7 +15,7 @@ from baton.types import SamplingParams
 from baton.v1 import common_pb2, inference_pb2
 from router.chat import ChatTemplate
 from router.text import Tokenizer
-from router.validation import ModelFacts, ValidRequest, parse_generate
+from router.validation import MAX_TOLD, ModelFacts, ValidRequest, parse_generate
 
 _FACTS = ModelFacts(model="tales", vocab_size=256, max_context_tokens=32, eos_token_ids=(0,))
 _BYTES = Tokenizer.of_bytes()
@@ -148,6 +148,7 @@ def _chat(*messages: tuple[str, str]) -> inference_pb2.Chat:
         ({"tokens": common_pb2.TokenIds(ids=[1, 256])}, "prompt.tokens.ids"),
         ({"tokens": common_pb2.TokenIds(ids=[1] * 32)}, "prompt.tokens.ids"),
         ({"chat": _chat()}, "prompt.chat.messages"),
+        ({"chat": _chat(*[("user", "x")] * 8193)}, "prompt.chat.messages"),
         ({"chat": _chat(("user", "x"), ("robot", "x"))}, "prompt.chat.messages[1].role"),
         ({"chat": _chat(("user", ""))}, "prompt.chat.messages[0].content"),
         ({"chat": _chat(("user", "x" * 40))}, "prompt.chat"),
@@ -206,6 +207,13 @@ def test_everything_wrong_is_told_at_once() -> None:
     request = _request(request_id="?", no_prompt=True, top_p=2.0, min_p=math.nan, stop=[""])
     expected = ["prompt", "request_id", "sampling.top_p", "sampling.min_p", "sampling.stop[0]"]
     assert _fields(request) == expected
+
+
+def test_what_is_told_is_bounded_however_much_is_wrong() -> None:
+    """Promise: a small request cannot make the router write a book about it."""
+    violated = _fields(_request(chat=_chat(*[("", "")] * 8192)), _chatty())
+    assert violated[0] == "prompt.chat.messages[0].role"
+    assert len(violated) == MAX_TOLD
 
 
 def test_a_chat_needs_a_chat_template() -> None:

@@ -20,9 +20,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from router.validation import MAX_MESSAGES
+
 MAX_NAMED = 8
 MAX_NAME_CHARACTERS = 64
 MAX_ENTRIES = 1024
+MAX_PARTS = 1024
+"""Of one message's content."""
 
 
 class Fields(BaseModel):
@@ -153,7 +157,7 @@ class TextPart(Fields):
     text: Text
 
 
-Content: TypeAlias = Text | Annotated[list[TextPart], Field(fail_fast=True)]
+Content: TypeAlias = Text | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
 class SystemMessage(Fields):
@@ -196,7 +200,7 @@ class TextFormat(Fields):
 class ChatRequest(Common):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True)]
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)]
     max_completion_tokens: Int32 | None = Field(None, description="What max_tokens is now called.")
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None

@@ -79,6 +79,9 @@ def _renamed(field: str) -> str:
         return field.removeprefix("prompt.chat").removeprefix(".") or "messages"
     if field.startswith("prompt"):
         return "prompt"
+    if field == "request_id":
+        # Only what a client gives can be wrong.
+        return "idempotency-key"
     return field.removeprefix("sampling.")
 
 

@@ -29,6 +29,7 @@ from router.inference import Inference
 from router.model import ServedModel
 
 TIMEOUT_HEADER = "x-request-timeout-s"
+KEY_HEADER = "idempotency-key"
 
 _Caller = Annotated[Caller, Depends(caller_of)]
 _Timeout = Annotated[
@@ -38,6 +39,13 @@ _Timeout = Annotated[
         gt=0,
         allow_inf_nan=False,
         description="The request's deadline, in seconds from now.",
+    ),
+]
+_Key = Annotated[
+    str,
+    Header(
+        alias=KEY_HEADER,
+        description="Of a session's turn: its request's id. The same turn under the same key is told again, not had twice.",
     ),
 ]
 
@@ -62,9 +70,13 @@ def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
         "/completions", summary="Go on with a text", responses=answers(Completion, streams=True)
     )
     async def complete(
-        request: Request, caller: _Caller, body: CompletionRequest, timeout_s: _Timeout = None
+        request: Request,
+        caller: _Caller,
+        body: CompletionRequest,
+        timeout_s: _Timeout = None,
+        key: _Key = "",
     ) -> Response:
-        requests = completion_requests(body, _request_id(request))
+        requests = completion_requests(body, _named(request, body, key))
         return GenerationResponse(
             inference,
             requests,
@@ -80,9 +92,13 @@ def openai_routes(inference: Inference, model: ServedModel) -> APIRouter:
         responses=answers(ChatCompletion, streams=True),
     )
     async def chat(
-        request: Request, caller: _Caller, body: ChatRequest, timeout_s: _Timeout = None
+        request: Request,
+        caller: _Caller,
+        body: ChatRequest,
+        timeout_s: _Timeout = None,
+        key: _Key = "",
     ) -> Response:
-        requests = chat_requests(body, _request_id(request))
+        requests = chat_requests(body, _named(request, body, key))
         return GenerationResponse(
             inference,
             requests,
@@ -139,6 +155,12 @@ def _counting(inference: Inference) -> type[APIRoute]:
             return counted
 
     return Route
+
+
+def _named(request: Request, body: Common, key: str) -> str:
+    """The request's id: of a session's turn the client's key, by which the session knows it again; the standard's form has quotes."""
+    named = key[1:-1] if len(key) > 1 and key[0] == key[-1] == '"' else key
+    return named if named and body.session_id else _request_id(request)
 
 
 def _request_id(request: Request) -> str:
