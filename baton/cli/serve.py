@@ -257,7 +257,7 @@ def serve(
         source = model if model is not None else str(shipped_model())
         # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
         kept = dtype if dtype is not None or model is not None else "float32"
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         chosen = EngineConfig(
             model=source,
             dtype=kept,

@@ -22,7 +22,9 @@ from baton.cli.demo_examples import load_questions
 from baton.cli.demo_view import Asked, bar, segments, timelines
 from baton.cli.ports import DRAWN
 from baton.cli.router_process import environment
+from baton.cli.serve import serve
 from baton.client import Attempt, Result, Timings, Usage
+from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
 from baton.errors import CapacityError, ModelLoadError, UnavailableError
 from baton.service.settings import LogFormat, LogLevel, RouterSettings
@@ -211,6 +213,17 @@ def test_workers_have_stable_names_and_prefill_comes_first() -> None:
     assert [role for role, _ in workers] == [Role.PREFILL, Role.DECODE, Role.DECODE]
     assert [s.worker_id for _, s in workers] == ["prefill-0", "decode-0", "decode-1"]
     assert {s.routers for _, s in workers} == {("127.0.0.1:7",)}
+
+
+def test_workers_share_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `taskset` or a container leaves them, not the machine's."""
+    served: list[ServeConfig] = []
+    monkeypatch.setattr("baton.cli.serve.run", lambda config: not served.append(config))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5, 7})
+    serve(port=0, metrics_port=0)
+    (engine,) = (config.engine for config in served)
+    assert isinstance(engine, EngineConfig)
+    assert (engine.threads, engine.most_threads) == (2, 4)
 
 
 def test_the_router_process_reads_back_what_serve_was_told() -> None:
