@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from baton.cli.connect import connected
-from baton.cli.console import reported, seconds, size, stderr
+from baton.cli.console import delays_told, reported, seconds, size, stderr
 from baton.cli.options import (
     Address,
     MaxTokens,
@@ -96,7 +96,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    with reported(), connected(address) as client:
+    with reported(), delays_told(), connected(address) as client:
         text = _read(prompt, file)
         whole: Prompt = [ChatMessage("user", text)] if chat else text
         with client.generate(whole, sampling=sampling, timeout_s=timeout) as stream:

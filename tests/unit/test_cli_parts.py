@@ -1,6 +1,7 @@
 """The parts of the command line that need no server."""
 
 import json
+import logging
 import os
 import re
 import select
@@ -10,14 +11,16 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc.aio import AioRpcError, Metadata
 from rich.console import Console
 
 from baton.cli import leash
 from baton.cli.backoff import Backoff
 from baton.cli.banner import Announcer, effective
 from baton.cli.config import ServeConfig, Transport, with_ports
-from baton.cli.console import report, seconds, size
+from baton.cli.console import delays_told, report, seconds, size
 from baton.cli.demo_examples import load_questions
 from baton.cli.demo_view import Asked, bar, segments, timelines
 from baton.cli.ports import DRAWN
@@ -28,6 +31,7 @@ from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
 from baton.errors import CapacityError, ModelLoadError, UnavailableError
 from baton.service.settings import LogFormat, LogLevel, RouterSettings
+from baton.service.status import DETAILS_KEY, to_status
 from baton.types import FinishReason, Role
 
 NOTHING = Timings(
@@ -276,6 +280,29 @@ def test_an_error_comes_with_advice_and_without_markup_tricks() -> None:
     assert "no [bold]server[/]" in text
     assert "baton serve" in text
     assert "2.5 s" in text
+
+
+def test_advice_is_for_what_was_unavailable() -> None:
+    """Promise: nobody is told to start a server by the word of one that serves."""
+    no_worker = UnavailableError("no worker has joined")
+    trailers = Metadata((DETAILS_KEY, to_status(no_worker).SerializeToString()))
+    no_worker.__cause__ = AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), trailers)
+    console = Console(file=StringIO(), width=100)
+    report(console, no_worker)
+    assert isinstance(console.file, StringIO)
+    assert "baton serve" not in console.file.getvalue()
+    assert "baton fleet" in console.file.getvalue()
+
+
+def test_a_delay_is_told_once_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("baton.client.recovery")
+    with delays_told():
+        for reason in ("no worker", "no worker", "connection reset"):
+            log.info("asked for again: %s", reason)
+    log.info("asked for again: nobody listens now")
+    told = capsys.readouterr()
+    assert told.err == "asked for again: no worker\nasked for again: connection reset\n"
+    assert told.out == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
