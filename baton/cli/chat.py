@@ -118,7 +118,7 @@ def chat(
 
       baton chat -t 0.7 --system "Answer in one word."
 
-      echo "Who has the red ball?" | baton chat -t 0
+      echo "Nora's hat was red. What colour was Nora's hat?" | baton chat -t 0
     """
     sampling = SamplingOptions(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed

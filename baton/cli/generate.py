@@ -78,7 +78,7 @@ def generate(
 
       baton generate "Once upon a time" -n 64
 
-      baton generate --chat -t 0 "Who has the red ball?" --stats
+      baton generate --chat -t 0 --stats "Nora's hat was red. What colour was Nora's hat?"
 
       baton generate --seed 7 --stop "." < story.txt
 

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 
@@ -259,10 +260,10 @@ def test_with_json_logs_every_line_is_json(capsys: pytest.CaptureFixture[str]) -
         announcer.event("hello")
     announcer.ready(config(port=7))
     captured = capsys.readouterr()
-    assert [json.loads(line)["message"] for line in captured.err.splitlines()] == [
-        "loading",
-        "hello",
-    ]
+    events = [json.loads(line) for line in captured.err.splitlines()]
+    assert [event["message"] for event in events] == ["loading", "hello"]
+    # As in the services' own lines, so that one reader takes all.
+    assert all(datetime.fromisoformat(event["time"]).tzinfo for event in events)
     assert json.loads(captured.out)["address"] == "127.0.0.1:7"
 
 
