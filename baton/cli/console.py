@@ -62,6 +62,10 @@ def reported(*, asking: bool = True) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
+_NO_MODEL = ("hub", "not a directory", "holds neither")
+"""What the message says where there is no checkpoint, rather than one that cannot be used."""
+
+
 class _Delays(logging.Handler):
     """Tells people why an answer is late, each reason once."""
 
@@ -112,7 +116,7 @@ def _hint(error: BatonError, *, asking: bool) -> str:  # noqa: PLR0911 - one for
             return "Put the key into BATON_API_KEY."
         case CapacityError(retry_after_s=seconds):
             return f"The server is busy; try again in {seconds:.1f} s."
-        case ModelLoadError():
+        case ModelLoadError(message=message) if any(word in message for word in _NO_MODEL):
             return "--model takes a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or a hub id."
         case CancelledError():
             return "Someone ended the request by its id."

@@ -16,8 +16,10 @@ import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
 from rich.console import Console
+from typer.testing import CliRunner
 
 from baton.cli import leash
+from baton.cli.app import app
 from baton.cli.backoff import Backoff
 from baton.cli.banner import Announcer, effective
 from baton.cli.config import ServeConfig, Transport, with_ports
@@ -293,6 +295,21 @@ def test_advice_is_for_what_was_unavailable() -> None:
     assert isinstance(console.file, StringIO)
     assert "baton serve" not in console.file.getvalue()
     assert "baton fleet" in console.file.getvalue()
+
+
+def test_a_model_that_is_there_is_not_asked_for_again() -> None:
+    console = Console(file=StringIO(), width=100)
+    report(console, ModelLoadError("tales", "device is cuda, but this machine has no CUDA device"))
+    assert isinstance(console.file, StringIO)
+    assert "--model" not in console.file.getvalue()
+    report(console, ModelLoadError("tales", "is not a directory"))
+    assert "--model" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "float99"), ("--device", "tpu")])
+def test_what_no_engine_has_is_refused_before_anything_starts(option: str, value: str) -> None:
+    done = CliRunner().invoke(app, ["serve", option, value])
+    assert (done.exit_code, option in done.output) == (2, True)
 
 
 def test_a_delay_is_told_once_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
