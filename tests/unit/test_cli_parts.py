@@ -11,6 +11,7 @@ import sys
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -224,11 +225,11 @@ def test_workers_have_stable_names_and_prefill_comes_first() -> None:
 
 def test_workers_share_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `taskset` or a container leaves them, not the machine's."""
-    served: list[ServeConfig] = []
-    monkeypatch.setattr("baton.cli.serve.run", lambda config: not served.append(config))
+    run = Mock(return_value=True)
+    monkeypatch.setattr("baton.cli.serve.run", run)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5, 7})
     serve(port=0, metrics_port=0)
-    (engine,) = (config.engine for config in served)
+    engine = run.call_args.args[0].engine
     assert isinstance(engine, EngineConfig)
     assert (engine.threads, engine.most_threads) == (2, 4)
 
@@ -289,7 +290,9 @@ def test_advice_is_for_what_was_unavailable() -> None:
     """Promise: nobody is told to start a server by the word of one that serves."""
     no_worker = UnavailableError("no worker has joined")
     trailers = Metadata((DETAILS_KEY, to_status(no_worker).SerializeToString()))
-    no_worker.__cause__ = AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), trailers)
+    no_worker.__cause__ = AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, Metadata(), trailers, no_worker.message, ""
+    )
     console = Console(file=StringIO(), width=100)
     report(console, no_worker)
     assert isinstance(console.file, StringIO)
