@@ -26,7 +26,7 @@ AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target
 .PHONY: help demo serve test presubmit bench bench-engine bench-gpu bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  ARGS=... passes arguments on: make serve ARGS='--prefill 2 --decode 2', make test ARGS='-k cancel'"
 
 demo: $(VENV)/.worker ## Ask the shipped model several questions at once, with prefill and decode in different processes

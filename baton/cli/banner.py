@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
 
@@ -108,8 +109,8 @@ class Announcer:
                 f"[dim]{elapsed_s:6.1f} s[/]  [{style}]{escape(message)}[/]", soft_wrap=True
             )
 
-    def banner(self, config: ServeConfig, workers: Sequence[WorkerInfo]) -> None:
-        """Everything that one wants to know of a deployment."""
+    def banner(self, config: ServeConfig, workers: Sequence[WorkerInfo], *, tls: bool) -> None:
+        """Everything that one wants to know of a deployment; `tls` is what its clients have to speak."""
         settings = effective(config)
         if self._json:
             self._write_json("config", **settings)
@@ -128,8 +129,9 @@ class Announcer:
             f"{config.address}  [dim]metrics http://{_host(config)}:{config.metrics_port}/metrics[/]",
         )
         if config.http:
-            grid.add_row("OpenAI API", f"http://{config.http}/v1")
-            grid.add_row("status page", f"http://{config.http}/")
+            url = f"{'https' if tls else 'http'}://{config.http}"
+            grid.add_row("OpenAI API", f"{url}/v1")
+            grid.add_row("status page", f"{url}/")
         for worker in workers:
             grid.add_row(worker.role.value, _describe(worker))
         grid.add_row(
@@ -153,7 +155,8 @@ class Announcer:
                 print(f"ready {config.address}", flush=True)
 
     def _write_json(self, kind: str, **fields: object) -> None:
-        line = json.dumps({"time": time.time(), "kind": kind, **fields}, default=str)
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "kind": kind, **fields}, default=str)
         print(line, file=sys.stdout if kind == "ready" else sys.stderr, flush=True)
 
 

@@ -179,7 +179,7 @@ def _tokenizer(options: BenchOptions) -> TextTokenizer | None:
 
 def _require(module: str, option: str) -> None:
     if find_spec(module) is None:
-        problem = f"needs {module}: pip install 'baton[bench]'"
+        problem = f"needs {module}: pip install -e '.[bench]'"
         raise InvalidRequestError(FieldViolation(option, problem))
 
 

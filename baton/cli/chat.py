@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from baton.cli.connect import connected
-from baton.cli.console import report, reported, stderr
+from baton.cli.console import delays_told, report, reported, stderr
 from baton.cli.generate import summary
 from baton.cli.options import Address, MaxTokens, Seed, Temperature, Timeout, TopP
 from baton.client import ChatMessage, Client, SamplingOptions, Session
@@ -118,13 +118,13 @@ def chat(
 
       baton chat -t 0.7 --system "Answer in one word."
 
-      echo "Who has the red ball?" | baton chat -t 0
+      echo "Nora's hat was red. What colour was Nora's hat?" | baton chat -t 0
     """
     sampling = SamplingOptions(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     notes = stderr()
-    with reported(), connected(address) as client, ExitStack() as leaving:
+    with reported(), delays_told(), connected(address) as client, ExitStack() as leaving:
         model = client.model()
         if not model.has_chat_template:
             raise InvalidRequestError(

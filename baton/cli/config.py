@@ -18,6 +18,13 @@ from baton.types import Role
 LOOPBACK = "127.0.0.1"
 
 
+class Device(Enum):
+    """What an engine computes on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Kernels(Enum):
     """What computes on a CPU."""
 

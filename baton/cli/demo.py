@@ -155,7 +155,9 @@ def _compare(console: Console, asked: Sequence[Asked]) -> bool:
     from baton.cli.demo_check import single_process_tokens  # noqa: PLC0415 - imports torch
 
     began_s = time.monotonic()
-    config = EngineConfig(model=str(shipped_model()), dtype=DTYPE, threads=os.cpu_count())
+    config = EngineConfig(
+        model=str(shipped_model()), dtype=DTYPE, threads=len(os.sched_getaffinity(0))
+    )
     single = single_process_tokens(config, [each.question for each in asked])
     differing = [each for each in asked if each.result.token_ids != single[each.question.number]]
     for each in differing:

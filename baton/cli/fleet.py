@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from baton.cli.connect import connected, worker_channel
-from baton.cli.console import reported, stdout
+from baton.cli.console import reported, stderr, stdout
 from baton.cli.options import Address
 from baton.codec import load_from_proto, role_from_proto, role_to_proto, worker_info_from_proto
 from baton.errors import BatonError, NotFoundError, PreconditionError
@@ -25,6 +25,7 @@ STATUS_TIMEOUT_S = 2.0
 SLACK_S = 5.0
 """What a call may take beyond the drain that it waits for."""
 LOCAL = "127.0.0.1:50051"
+NOBODY = "No worker has joined, or the key is no administrator's: only to those are workers shown."
 
 Worker = Annotated[str, typer.Argument(help="Its id, as `baton fleet` lists it.")]
 DrainTimeout = Annotated[
@@ -51,9 +52,12 @@ def members(context: typer.Context, *, address: Address = LOCAL) -> None:
         return
     with reported():
         table = Table("worker", "role", "can be", "state", "requests", "queued tokens", "free KV")
-        for info in _workers(address):
+        workers = _workers(address)
+        for info in workers:
             table.add_row(*_row(info))
         stdout().print(table)
+        if not workers:
+            stderr().print(NOBODY, style="dim", soft_wrap=True)
 
 
 @fleet.command("set-role")

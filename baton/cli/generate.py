@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from baton.cli.connect import connected
-from baton.cli.console import reported, seconds, size, stderr
+from baton.cli.console import delays_told, reported, seconds, size, stderr
 from baton.cli.options import (
     Address,
     MaxTokens,
@@ -78,7 +78,7 @@ def generate(
 
       baton generate "Once upon a time" -n 64
 
-      baton generate --chat -t 0 "Who has the red ball?" --stats
+      baton generate --chat -t 0 --stats "Nora's hat was red. What colour was Nora's hat?"
 
       baton generate --seed 7 --stop "." < story.txt
 
@@ -96,7 +96,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    with reported(), connected(address) as client:
+    with reported(), delays_told(), connected(address) as client:
         text = _read(prompt, file)
         whole: Prompt = [ChatMessage("user", text)] if chat else text
         with client.generate(whole, sampling=sampling, timeout_s=timeout) as stream:

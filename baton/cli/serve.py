@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from baton.cli.config import Kernels, ServeConfig, Transport, shipped_model, with_ports
+from baton.cli.config import Device, Kernels, ServeConfig, Transport, shipped_model, with_ports
 from baton.cli.console import EXIT_FAILED, reported
 from baton.cli.serving import run
 from baton.engine.config import EngineConfig, default_batch_tokens
 from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
-from baton.kv.spec import WeightFormat
+from baton.kv.spec import KVDtype, WeightFormat
 from baton.service.settings import LogFormat, LogLevel, PlacementPolicy
 
 MODEL = "Model"
@@ -32,9 +32,9 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
+        KVDtype | None,
         typer.Option(
-            help="Of activations and KV: float32, bfloat16 or float16.",
+            help="Of activations and KV.",
             show_default="the checkpoint's; float32 for the shipped model",
             rich_help_panel=MODEL,
         ),
@@ -63,7 +63,9 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=MODEL)] = "cpu",
+    device: Annotated[
+        Device, typer.Option(help="What computes.", rich_help_panel=MODEL)
+    ] = Device.CPU,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -256,15 +258,16 @@ def serve(
             )
         source = model if model is not None else str(shipped_model())
         # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
-        kept = dtype if dtype is not None or model is not None else "float32"
-        cores = os.cpu_count() or 1
+        kept = dtype or (KVDtype.FLOAT32 if model is None else None)
+        cores = len(os.sched_getaffinity(0))
         chosen = EngineConfig(
             model=source,
-            dtype=kept,
-            device=device,
+            dtype=kept and kept.value,
+            device=device.value,
             block_size_tokens=block_size,
             kv_pool_tokens=kv_tokens,
-            max_batch_tokens=max_batch_tokens or default_batch_tokens(device, prefills=prefill > 0),
+            max_batch_tokens=max_batch_tokens
+            or default_batch_tokens(device.value, prefills=prefill > 0),
             max_running=max_running,
             max_context_tokens=max_context,
             kernels=kernels and kernels.value,

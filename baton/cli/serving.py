@@ -17,7 +17,7 @@ from baton.client import AsyncClient, ConnectionOptions
 from baton.errors import BatonError, InternalError
 from baton.service import logging as service_logging
 from baton.service.channel import fleet_files
-from baton.service.settings import ServerSettings
+from baton.service.settings import RouterSettings, ServerSettings
 from baton.service.tls import TlsFiles
 from baton.types import WorkerInfo
 
@@ -72,7 +72,8 @@ async def _serve(config: ServeConfig, announcer: Announcer) -> bool:
         try:
             workers = await _unless(signals.first, _start(fleet, config, announcer))
             if workers is not None:
-                announcer.banner(config, workers)
+                tls = bool(RouterSettings.from_env(os.environ).tls_cert_file)
+                announcer.banner(config, workers, tls=tls)
                 announcer.ready(config)
                 await _unless(signals.first, fleet.keep_alive())
             clean = True

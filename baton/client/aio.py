@@ -69,6 +69,7 @@ class AsyncStream:
                 retry = self._recovery.after(error, time.monotonic())
                 if retry is None or self._closed:
                     raise error_from_rpc(error) from error
+                retry.tell(self.request_id)
                 await asyncio.sleep(retry.pause_s)
                 if retry.elsewhere:
                     self._routers.move_on(self._router)

@@ -9,6 +9,7 @@ or which may come back: that word stands once it has brought no new output for `
 stands at once. A `Routers` may be shared by threads; a `Recovery` is used by one thread or task at a time.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -32,9 +33,12 @@ from baton.v1.session_pb2_grpc import SessionServiceStub
 
 FIRST_PAUSE_S = 0.05
 MAX_PAUSE_S = 1.0
+TOLD_AFTER_S = 2.0
+"""Most connections that break are replaced by then."""
 UNACCEPTED_S = 3.0
 """A request that no router has accepted yet is tried for so long at most: there may be none."""
 
+_log = logging.getLogger(__name__)
 _LOST = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.INTERNAL,
@@ -100,6 +104,13 @@ class Retry:
     """Before it."""
     elsewhere: bool
     """At the next router, where there are several."""
+    delay: str | None
+    """Why nothing new comes; None where it is not worth a word yet."""
+
+    def tell(self, request_id: str) -> None:
+        """Logs why an answer is late."""
+        if self.delay is not None:
+            _log.info("request %s is asked for again: %s", request_id, self.delay)
 
 
 class Recovery:
@@ -119,6 +130,8 @@ class Recovery:
         self._pause_s = 0.0
         self._refused = False
         """It broke by the word of a router that serves, which accepts the request as often as it is asked."""
+        self._reason = ""
+        """Why it broke last."""
         self._again = False
         """Attach found nothing."""
 
@@ -136,6 +149,7 @@ class Recovery:
             return None
         if lost:
             self._refused = said_by_peer(error) and not isinstance(typed, DrainingError)
+            self._reason = typed.message
         self._lost_s = now_s if self._lost_s is None else self._lost_s
         patience_s = self._reconnect_s
         if self._collector.seed is None:
@@ -148,7 +162,11 @@ class Recovery:
         self._pause_s = min(MAX_PAUSE_S, max(FIRST_PAUSE_S, 2 * pause_s))
         self._again = isinstance(typed, NotFoundError)
         message = self._message()
-        return None if message is None else Retry(message, pause_s, elsewhere=lost)
+        if message is None:
+            return None
+        # A router that serves has looked for a worker for a while itself.
+        late = self._refused or now_s - self._lost_s >= TOLD_AFTER_S
+        return Retry(message, pause_s, lost, self._reason if late else None)
 
     def _is_loss(self, error: grpc.RpcError, typed: BatonError) -> bool:
         if said_by_peer(error):

@@ -70,6 +70,7 @@ class Stream:
                 retry = self._recovery.after(error, time.monotonic())
                 if retry is None or self._closed.wait(retry.pause_s):
                     raise error_from_rpc(error) from error
+                retry.tell(self.request_id)
                 if retry.elsewhere:
                     self._routers.move_on(self._router)
                 self._call = self._start(retry.message)

@@ -177,6 +177,6 @@ def open_tracing(settings: ServerSettings, service: str, instance: str) -> Traci
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
-        _log.warning("no traces are sent, though there is an endpoint: install baton[otel]")
+        _log.warning("no traces are sent, though there is an endpoint: pip install -e '.[otel]'")
         return NoTracing()
     return OtlpTracing(settings, service, instance)

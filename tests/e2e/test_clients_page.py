@@ -1,4 +1,4 @@
-"""Every example of README.md and docs/clients.md does what the page says.
+"""Every example of README.md, docs/clients.md and docs/sessions.md does what the page says.
 
 A fence tagged `run` (```python run, ```sh run) is an example; the fence tagged `output` that follows it is what it prints, where `…`
 stands for anything within a line. Addresses are those of `baton serve`'s defaults, and of workers as in `addresses`; the test puts the
@@ -20,7 +20,7 @@ from tests.ports import free_port
 from tests.served import Served, served
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "clients.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/clients.md", "docs/sessions.md"))
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
 BOUND_S = 45

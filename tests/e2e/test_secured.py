@@ -1,6 +1,7 @@
 """`baton serve` with keys and certificates from the environment, asked by the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.e2e]
 def test_a_deployment_with_keys_and_certificates_is_ready_and_answers_who_has_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, transport: str
 ) -> None:
-    """Promise: one environment for all of it; the key stands in no command line."""
+    """Promise: one environment for all of it; the key stands in no command line. The banner's addresses are those that work."""
     public, fleet = Authority.make(tmp_path / "public"), Authority.make(tmp_path / "fleet")
     shown, within = public.issue("router"), fleet.issue("all")
     keys = tmp_path / "keys.json"
@@ -39,7 +40,8 @@ def test_a_deployment_with_keys_and_certificates_is_ready_and_answers_who_has_bo
             **members,
         }.items():
             served_with.setenv(name, value)
-        served = serve("--engine", "sim", "--transport", transport)
+        served = serve("--engine", "sim", "--transport", transport, "--http", "127.0.0.1:0")
+    assert re.search(r"OpenAI API +https://127\.0\.0\.1:\d+/v1", served.output())
     ask = ("generate", "-a", served.address, "Once", "-n", "4", "--ignore-eos", "--json")
     monkeypatch.setenv("BATON_CLIENT_CA_FILE", str(public.ca_file))
     without = baton(*ask)
@@ -49,6 +51,7 @@ def test_a_deployment_with_keys_and_certificates_is_ready_and_answers_who_has_bo
     answered = baton(*ask)
     assert answered.returncode == 0, answered.stderr
     assert len(json.loads(answered.stdout)["token_ids"]) == 4
+    assert "administrator" in baton("fleet", "-a", served.address).stderr
     monkeypatch.setenv("BATON_API_KEY", admin.stdout.strip())
     with monkeypatch.context() as administering:
         for name, value in members.items():

@@ -1,6 +1,7 @@
 """A router with an HTTP port, and workers with simulated engines; asked by httpx, or by sockets for what httpx will not say."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tests.integration.router_fakes import SETTINGS
 from tests.integration.sim_house import SIM, House, house
 
 TEMPLATE = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}assistant: "
+COMPLETION = {"prompt": "x", "max_tokens": 2, "ignore_eos": True}
 HTTP = replace(SETTINGS, http_listen="127.0.0.1:0")
 
 
@@ -23,6 +25,21 @@ def chatty() -> Tokenizer:
     """Tokens are bytes, and messages lines."""
     template = ChatTemplate(TEMPLATE, {}, path="test")
     return Tokenizer(Tokenizer.of_bytes()._backend, template)
+
+
+def posted(body: bytes, *headers: bytes, path: bytes = b"/v1/completions") -> bytes:
+    length = b"content-length: %d" % len(body)
+    lines = (b"POST " + path + b" HTTP/1.1", b"host: here", length, *headers)
+    return b"\r\n".join((*lines, b"", body))
+
+
+def answered(data: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error of the one answer that the data is."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    status = int(head.split(b" ", 2)[1])
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return status, error
 
 
 @dataclass

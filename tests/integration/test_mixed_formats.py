@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from baton.engine.base import EngineRequest, Exported, Failed, Mode, Reserved, Token
 from baton.engine.batch import BatchRow, SampleInput
@@ -21,6 +20,7 @@ from baton.engine.runner import ModelRunner
 from baton.errors import CapacityError, PreconditionError
 from baton.kv.spec import WeightFormat
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
+from tests.oracle import llama, save
 
 BLOCK = 8
 TOKENS = 24
@@ -36,24 +36,16 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama whose tokens differ by the format of its weights."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=72,
-        intermediate_size=100,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
+    return save(
+        lambda: llama(
+            num_hidden_layers=2,
+            hidden_size=72,
+            intermediate_size=100,
+            head_dim=16,
+            tie_word_embeddings=True,
+        ),
+        tmp_path_factory.mktemp("llama"),
     )
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @dataclass(frozen=True, slots=True)

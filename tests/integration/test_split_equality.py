@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from baton.engine.base import EngineRequest, Mode, Preempted, Reserved, Token
 from baton.engine.build import build_torch_engine
@@ -15,6 +14,7 @@ from baton.engine.native.library import NEEDED, processor_flags
 from baton.kv.checksum import sealed
 from baton.kv.spec import WeightFormat
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
+from tests.oracle import llama, save
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 LACKING = NEEDED - processor_flags()
@@ -31,23 +31,7 @@ LENGTHS = (1, 3, 16, 17, 63, 130, 300)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with grouped heads whose logits are well apart."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return save(lambda: llama(max_position_embeddings=1024), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -128,7 +128,7 @@ def test_what_the_extra_brings_is_named_where_it_is_missing(
     monkeypatch.setattr("baton.cli.bench_run.find_spec", lambda _: None)
     done = CliRunner().invoke(app, ["bench", "-a", "127.0.0.1:1", *args])
     assert done.exit_code == 2
-    assert f"{args[0]}: needs {module}: pip install 'baton[bench]'" in done.output
+    assert f"{args[0]}: needs {module}: pip install -e '.[bench]'" in done.output
 
 
 @pytest.mark.parametrize("terminal", [True, False])

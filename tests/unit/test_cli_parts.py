@@ -1,31 +1,41 @@
 """The parts of the command line that need no server."""
 
 import json
+import logging
 import os
 import re
 import select
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
+from unittest.mock import Mock
 
+import grpc
 import pytest
+from grpc.aio import AioRpcError, Metadata
 from rich.console import Console
+from typer.testing import CliRunner
 
 from baton.cli import leash
+from baton.cli.app import app
 from baton.cli.backoff import Backoff
 from baton.cli.banner import Announcer, effective
 from baton.cli.config import ServeConfig, Transport, with_ports
-from baton.cli.console import report, seconds, size
+from baton.cli.console import delays_told, report, seconds, size
 from baton.cli.demo_examples import load_questions
 from baton.cli.demo_view import Asked, bar, segments, timelines
 from baton.cli.ports import DRAWN
 from baton.cli.router_process import environment
+from baton.cli.serve import serve
 from baton.client import Attempt, Result, Timings, Usage
+from baton.engine.config import EngineConfig
 from baton.engine.sim import SimConfig
 from baton.errors import CapacityError, ModelLoadError, UnavailableError
 from baton.service.settings import LogFormat, LogLevel, RouterSettings
+from baton.service.status import DETAILS_KEY, to_status
 from baton.types import FinishReason, Role
 
 NOTHING = Timings(
@@ -213,6 +223,17 @@ def test_workers_have_stable_names_and_prefill_comes_first() -> None:
     assert {s.routers for _, s in workers} == {("127.0.0.1:7",)}
 
 
+def test_workers_share_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `taskset` or a container leaves them, not the machine's."""
+    run = Mock(return_value=True)
+    monkeypatch.setattr("baton.cli.serve.run", run)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5, 7})
+    serve(port=0, metrics_port=0)
+    engine = run.call_args.args[0].engine
+    assert isinstance(engine, EngineConfig)
+    assert (engine.threads, engine.most_threads) == (2, 4)
+
+
 def test_the_router_process_reads_back_what_serve_was_told() -> None:
     chosen = config(
         port=7,
@@ -242,10 +263,10 @@ def test_with_json_logs_every_line_is_json(capsys: pytest.CaptureFixture[str]) -
         announcer.event("hello")
     announcer.ready(config(port=7))
     captured = capsys.readouterr()
-    assert [json.loads(line)["message"] for line in captured.err.splitlines()] == [
-        "loading",
-        "hello",
-    ]
+    events = [json.loads(line) for line in captured.err.splitlines()]
+    assert [event["message"] for event in events] == ["loading", "hello"]
+    # As in the services' own lines, so that one reader takes all.
+    assert all(datetime.fromisoformat(event["time"]).tzinfo for event in events)
     assert json.loads(captured.out)["address"] == "127.0.0.1:7"
 
 
@@ -263,6 +284,46 @@ def test_an_error_comes_with_advice_and_without_markup_tricks() -> None:
     assert "no [bold]server[/]" in text
     assert "baton serve" in text
     assert "2.5 s" in text
+
+
+def test_advice_is_for_what_was_unavailable() -> None:
+    """Promise: nobody is told to start a server by the word of one that serves."""
+    no_worker = UnavailableError("no worker has joined")
+    trailers = Metadata((DETAILS_KEY, to_status(no_worker).SerializeToString()))
+    no_worker.__cause__ = AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, Metadata(), trailers, no_worker.message, ""
+    )
+    console = Console(file=StringIO(), width=100)
+    report(console, no_worker)
+    assert isinstance(console.file, StringIO)
+    assert "baton serve" not in console.file.getvalue()
+    assert "baton fleet" in console.file.getvalue()
+
+
+def test_a_model_that_is_there_is_not_asked_for_again() -> None:
+    console = Console(file=StringIO(), width=100)
+    report(console, ModelLoadError("tales", "device is cuda, but this machine has no CUDA device"))
+    assert isinstance(console.file, StringIO)
+    assert "--model" not in console.file.getvalue()
+    report(console, ModelLoadError("tales", "is not a directory"))
+    assert "--model" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "float99"), ("--device", "tpu")])
+def test_what_no_engine_has_is_refused_before_anything_starts(option: str, value: str) -> None:
+    done = CliRunner().invoke(app, ["serve", option, value])
+    assert (done.exit_code, option in done.output) == (2, True)
+
+
+def test_a_delay_is_told_once_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("baton.client.recovery")
+    with delays_told():
+        for reason in ("no worker", "no worker", "connection reset"):
+            log.info("asked for again: %s", reason)
+    log.info("asked for again: nobody listens now")
+    told = capsys.readouterr()
+    assert told.err == "asked for again: no worker\nasked for again: connection reset\n"
+    assert told.out == ""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")

@@ -1,10 +1,12 @@
 """When the client asks again, and when it gives up: decisions on a clock of the test's own."""
 
+import logging
+
 import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
 
-from baton.client.recovery import Recovery
+from baton.client.recovery import TOLD_AFTER_S, Recovery
 from baton.client.wire import Collector
 from baton.codec import chunk_to_proto
 from baton.errors import BatonError, DrainingError, NotFoundError, UnavailableError
@@ -46,6 +48,7 @@ class Stream:
         if retry is None:
             return None
         self.now_s += retry.pause_s
+        retry.tell("r")
         return retry.message
 
     def _receive(self, response: pb.GenerateResponse) -> None:
@@ -111,3 +114,22 @@ def test_that_nobody_holds_the_request_is_never_the_last_word() -> None:
     assert stream.broke(said(NotFoundError("model", "m"))) is None
     stream.accepted()
     assert stream.broke(said(NO_WORKER)) is None
+
+
+def test_why_an_answer_is_late_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Promise: at once where a router that serves finds no worker, later where a connection may be back soon; with what was wrong, not
+    with what was tried since.
+    """
+    caplog.set_level(logging.INFO)
+    refused, cut = Stream(), Stream()
+    refused.accepted()
+    refused.broke(said(NO_WORKER))
+    refused.broke(said(NotFoundError("request", "r")))
+    assert caplog.messages == ["request r is asked for again: no worker"] * 2
+    caplog.clear()
+    cut.accepted()
+    cut.broke(CUT)
+    assert not caplog.messages
+    cut.now_s += TOLD_AFTER_S
+    cut.broke(CUT)
+    assert caplog.messages == ["request r is asked for again: connection reset"]

@@ -1,14 +1,12 @@
-"""Placement decides as its docstring promises, on tables and on random fleets."""
+"""Placement decides as its docstring promises, on tables; `test_placement_promises` has random fleets."""
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from baton.kv.spec import KVDtype, KVSpec, WeightFormat
+from baton.kv.spec import WeightFormat
 from baton.service.settings import PlacementPolicy
-from baton.types import Role, WorkerId, WorkerInfo
+from baton.types import Role, WorkerId
 from router.placement import (
     FleetView,
     NoWorker,
@@ -16,62 +14,13 @@ from router.placement import (
     PlaceRequest,
     Policy,
     Resident,
-    WorkerView,
-    longest_tokens,
 )
 from router.policies import PrefixAware, RoundRobin, policy_of
-
-SPEC = KVSpec(
-    num_layers=1,
-    num_kv_heads=1,
-    head_dim=2,
-    dtype=KVDtype.FLOAT32,
-    position_scheme="rope",
-    model_fingerprint="a",
-)
-OTHER = replace(SPEC, model_fingerprint="b")
-POLICIES: list[Policy] = [policy_of(kind, local_prefill_tokens=32) for kind in PlacementPolicy]
-
-
-def info(worker_id: str, role: Role, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=WorkerId(worker_id),
-        role=role,
-        address="localhost:1",
-        transfer_address=worker_id,
-        model="m",
-        spec=spec,
-        vocab_size=256,
-        max_context_tokens=4096,
-        eos_token_ids=(0,),
-        block_size_tokens=16,
-        num_blocks=256,
-        node=node,
-        pid=1,
-        device="cpu",
-        version="0",
-    )
-
-
-def view_of(worker: WorkerInfo) -> WorkerView:
-    return WorkerView(info=worker, longest_tokens=longest_tokens(worker), free_blocks=256)
-
-
-def prefill(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
-    return view_of(info(worker_id, Role.PREFILL, node=node, spec=spec))
-
-
-def decode(worker_id: str, *, node: str = "n", spec: KVSpec = SPEC) -> WorkerView:
-    return view_of(info(worker_id, Role.DECODE, node=node, spec=spec))
-
-
-def ids(placement: Placement | NoWorker) -> tuple[str | None, str]:
-    assert isinstance(placement, Placement), placement
-    of_prefill = None if placement.prefill is None else placement.prefill.info.worker_id
-    return of_prefill, placement.decode.info.worker_id
-
+from tests.unit.placement_views import OTHER, POLICIES, decode, ids, info, prefill, view_of
 
 LONG = PlaceRequest(num_tokens=500)
+
+
 P1, P2, D1, D2 = prefill("p1"), prefill("p2"), decode("d1"), decode("d2")
 
 
@@ -306,104 +255,6 @@ def test_round_robin_and_least_loaded_do_not_see_prefixes() -> None:
     assert around == ["p1", "p2", "p1", "p2"]
 
 
-views = st.builds(
-    replace,
-    st.builds(
-        lambda name, node, spec: (name, node, spec),
-        st.integers(0, 30),
-        st.sampled_from(["x", "y"]),
-        st.sampled_from([SPEC, OTHER]),
-    ).map(lambda t: prefill(f"p{t[0]}", node=t[1], spec=t[2])),
-    draining=st.booleans(),
-    suspect=st.booleans(),
-    requests=st.integers(0, 50),
-    queued_prefill_tokens=st.integers(0, 5000),
-    free_blocks=st.integers(0, 256),
-    reclaimable_blocks=st.integers(0, 256),
-    prefill_tokens_per_s=st.sampled_from([0.0, 1000.0, 50_000.0]),
-    decode_step_s=st.sampled_from([0.0, 0.02, 0.5]),
-)
-
-
-def as_decode(worker: WorkerView) -> WorkerView:
-    name = worker.info.worker_id.replace("p", "d")
-    return replace(worker, info=replace(worker.info, worker_id=WorkerId(name), role=Role.DECODE))
-
-
-fleets = st.builds(
-    FleetView,
-    st.lists(views, max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
-    st.lists(views.map(as_decode), max_size=6, unique_by=lambda w: w.info.worker_id).map(tuple),
-    st.dictionaries(
-        st.builds("{}{}".format, st.sampled_from("pd"), st.integers(0, 30)).map(WorkerId),
-        st.integers(1, 60).map(lambda blocks: 16 * blocks),
-    ),
-    st.sampled_from([0.0, 0.3]),
-)
-requests = st.builds(
-    PlaceRequest,
-    num_tokens=st.integers(1, 1000),
-    turn=st.integers(0, 2**40),
-    avoid=st.frozensets(
-        st.builds("{}{}".format, st.sampled_from("pd"), st.integers(0, 30)).map(WorkerId),
-        max_size=6,
-    ),
-    digest=st.sampled_from([None, SPEC.digest, OTHER.digest]),
-)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@given(view=fleets, request_=requests)
-def test_on_any_fleet_a_placement_upholds_what_every_policy_promises(
-    policy: Policy, view: FleetView, request_: PlaceRequest
-) -> None:
-    usable = [w for w in view.decode if not w.draining and request_.digest in (None, w.digest)]
-    placed = policy.place(view, request_)
-    if isinstance(placed, NoWorker):
-        assert not usable
-        assert placed.reason
-        return
-    assert placed.decode in usable
-    sound = [w for w in usable if not w.suspect and w.info.worker_id not in request_.avoid]
-    if sound:
-        assert placed.decode in sound
-    if placed.prefill is None:
-        lacking = request_.num_tokens - placed.skip_tokens
-        partners = [
-            w
-            for w in view.prefill
-            if w.digest == placed.decode.digest
-            and not w.draining
-            and not w.suspect
-            and w.info.worker_id not in request_.avoid
-        ]
-        assert lacking <= 32 or not partners
-        return
-    assert placed.prefill in view.prefill
-    assert placed.prefill.digest == placed.decode.digest
-    assert not placed.prefill.draining
-    assert not placed.prefill.suspect
-    assert placed.prefill.info.worker_id not in request_.avoid
-    assert placed == policy.place(view, request_), "placement is a pure function"
-
-
-@given(view=fleets, request_=requests)
-def test_adding_load_to_the_chosen_decode_worker_never_attracts_a_request(
-    view: FleetView, request_: PlaceRequest
-) -> None:
-    before = PrefixAware().place(view, request_)
-    if isinstance(before, NoWorker):
-        return
-    chosen = before.decode.info.worker_id
-    others = tuple(
-        w if w.info.worker_id == chosen else replace(w, requests=w.requests + 1)
-        for w in view.decode
-    )
-    after = PrefixAware().place(replace(view, decode=others), request_)
-    assert isinstance(after, Placement)
-    assert after.decode.info.worker_id == chosen
-
-
 def test_kv_that_was_left_a_moment_ago_counts_as_held() -> None:
     """In whole blocks, on that decode worker alone, and never less than what it reported."""
     fleet = FleetView((P1,), (D1, D2), {WorkerId("d2"): 496})
@@ -415,6 +266,8 @@ def test_kv_that_was_left_a_moment_ago_counts_as_held() -> None:
 
 
 INT8_ANSWERS = replace(info("d8", Role.DECODE), weights=WeightFormat.INT8)
+
+
 IMPORTS = replace(view_of(INT8_ANSWERS), computes_prompts=False)
 
 

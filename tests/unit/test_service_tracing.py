@@ -122,7 +122,7 @@ settings = RouterSettings.from_env({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://colle
 assert isinstance(open_tracing(settings, "baton-router", "r"), NoTracing)
 """
     )
-    assert "install baton[otel]" in told
+    assert "pip install -e '.[otel]'" in told
 
 
 def test_a_client_needs_nothing_of_opentelemetry() -> None:

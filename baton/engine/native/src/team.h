@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -150,7 +151,11 @@ class Team {
     using Plain = std::remove_reference_t<Body>;
     if (count <= 0) return;
     if (count == 1 || size_ == 1) {
-      for (int part = 0; part < count; ++part) body(part, 0);
+      cores_.sign(true);
+      for (int part = 0; part < count; ++part) {
+        body(part, 0);
+        if (renews(part)) cores_.sign(true);
+      }
       return;
     }
     divide();
@@ -190,6 +195,9 @@ class Team {
   static constexpr int PATIENT_SPINS = 2000;
   static constexpr int64_t LINGER_NS = 60000;
 
+  // At which parts the cores are divided anew: a phase may take longer than an engine is remembered.
+  static bool renews(int part) { return (part & 7) == 7; }
+
   // Finds out how many threads may work now, and sees that they are awake.
   void divide() {
     cores_.sign(true);
@@ -217,9 +225,9 @@ class Team {
       if (part >= count || thread >= allowed_.load(std::memory_order_relaxed)) return;
       // Fails where another took the part. Where it succeeds the phase waits for it, so what describes the phase stays.
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      if (renews(part)) divide();
       call_(context_, part, thread);
       done_.fetch_add(1, std::memory_order_release);
-      if (thread != 0 && (part & 7) == 0) allowed_.store(cores_.share(size_), std::memory_order_relaxed);
     }
   }
 
@@ -230,6 +238,7 @@ class Team {
 
   void help(int thread) {
     Helper& me = helpers_[thread - 1];
+    pthread_setname_np(pthread_self(), "baton-helper");
     me.id.store((pid_t)syscall(SYS_gettid), std::memory_order_relaxed);
     int64_t idle_since_ns = 0;
     while (!stopping_.load(std::memory_order_relaxed)) {
