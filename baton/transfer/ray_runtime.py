@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import RayError
 
 from baton.errors import UnavailableError
@@ -169,13 +169,13 @@ def join(
     created end with it. `node_ip` tells which of this machine's Ray nodes it belongs to, where there are several. Raises
     `UnavailableError` where no cluster answers, or where it refuses the token.
     """
-    host, _, port = address.rpartition(":")
-    loopback = host in {"localhost", "127.0.0.1"}
     try:
-        if address != "auto":
-            # Ray itself would look for the address without end.
-            socket.create_connection((host, int(port)), timeout=5.0).close()
-        with _loopback_only() if loopback else nullcontext():
+        if address == "auto":
+            address = services.get_ray_address_from_environment(address, None)
+        host, _, port = address.rpartition(":")
+        # Ray itself would look for the address without end, also for one that it found.
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+        with _loopback_only() if host in {"localhost", "127.0.0.1"} else nullcontext():
             ray.init(
                 address=address,
                 namespace=namespace,

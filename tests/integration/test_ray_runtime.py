@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 import ray
+from ray._private import services
 
 from baton.errors import UnavailableError
 from baton.transfer.processes import ProcessTree
@@ -171,10 +172,17 @@ def test_another_process_joins_with_the_token_from_its_environment(
     assert (joined.stdout, joined.stderr) == ("joined 1\n", "")
 
 
-def test_joining_where_no_cluster_is_fails_at_once() -> None:
+def test_joining_where_no_cluster_is_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one is to be found on this machine: there is none, or only what is left of one."""
+    # Other tests' clusters run beside this one.
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
     start_s = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot join"), join("127.0.0.1:1"):
         pytest.fail("there is no cluster")
+    with pytest.raises(UnavailableError, match="cannot join"), join("auto"):
+        pytest.fail("there is no cluster")
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:1"})
     with pytest.raises(UnavailableError, match="cannot join"), join("auto"):
         pytest.fail("there is no cluster")
     with pytest.raises(UnavailableError, match="cannot join"), join("no port"):
