@@ -51,7 +51,7 @@ from router.attempt_calls import Moved, Terms, attach_request, decode_request, p
 from router.members import Member, Pair, Watch
 from router.ordering import TokenOrder
 from router.outcome import AttemptStats, Failure, Stage
-from router.streams import Broken, Call
+from router.streams import Broken, Call, Follower
 
 LEAVE_INTERVAL_S = 0.1
 """How often a draining worker is asked to hand an attempt over that it could not hand over before."""
@@ -190,7 +190,7 @@ class Attempt:
         except UnavailableError as error:
             on_end(Broken(error, from_worker=False))
             return None
-        call.follow(handle, on_end, self._on_bug)
+        call.follow(Follower(handle, on_end, self._on_bug))
         return call
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

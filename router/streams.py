@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 from grpc.aio import AioRpcError
@@ -21,18 +21,22 @@ class Broken:
     """The worker itself said so; else the connection broke."""
 
 
+class Follower(NamedTuple):
+    """Whom a call tells."""
+
+    handle: Callable[[Any], None]
+    """Takes a response. A `BatonError` that it raises ends the call."""
+    on_end: Callable[[Broken], None]
+    """Learns once how the stream ended."""
+    on_bug: Callable[[Exception], None]
+    """Gets whatever else the two raise; the call is over then."""
+
+
 class Call(Protocol):
     """A call to a worker that streams responses."""
 
-    def follow(
-        self,
-        handle: Callable[[Any], None],
-        on_end: Callable[[Broken], None],
-        on_bug: Callable[[Exception], None],
-    ) -> None:
-        """Hands each response on as it comes, in whoever's turn, and tells once how the stream ended; a BatonError that `handle` raises
-        ends it too. Anything else that the two raise is a bug: it goes to `on_bug`, and the call is over. To be called once, as soon as
-        there is a call.
+    def follow(self, follower: Follower) -> None:
+        """Hands each response on as it comes, in whoever's turn. To be called once, as soon as there is a call.
 
         A stream that ends without a status of its own counts as broken: for a stream that is done, nobody asks.
         """
@@ -50,19 +54,14 @@ class DirectCall:
         self._call = call
         self._reading: asyncio.Task[None] | None = None
 
-    def follow(
-        self,
-        handle: Callable[[Any], None],
-        on_end: Callable[[Broken], None],
-        on_bug: Callable[[Exception], None],
-    ) -> None:
+    def follow(self, follower: Follower) -> None:
         """See `Call`."""
 
         async def read() -> None:
             try:
-                on_end(await self._read(handle))
+                follower.on_end(await self._read(follower.handle))
             except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever follows
-                on_bug(error)
+                follower.on_bug(error)
 
         self._reading = asyncio.create_task(read(), name="reads a worker's responses")
 

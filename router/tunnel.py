@@ -19,9 +19,7 @@ from baton.errors import BatonError, InternalError, UnavailableError
 from baton.service.status import error_from_status_bytes
 from baton.types import NO_TRACE, TraceContext
 from baton.v1 import tunnel_pb2, tunnel_pb2_grpc
-from router.streams import Broken
-
-_Follower = tuple[Callable[[Any], None], Callable[[Broken], None], Callable[[Exception], None]]
+from router.streams import Broken, Follower
 
 REOPEN_S = 1.0
 """How long a tunnel that broke is not opened again."""
@@ -36,17 +34,12 @@ class TunnelledCall:
         """`let_go` has the worker end it, where it has not."""
         self._parse = parse
         self._let_go = let_go
-        self._follower: _Follower | None = None
+        self._follower: Follower | None = None
         """None once nothing more is to be told."""
 
-    def follow(
-        self,
-        handle: Callable[[Any], None],
-        on_end: Callable[[Broken], None],
-        on_bug: Callable[[Exception], None],
-    ) -> None:
+    def follow(self, follower: Follower) -> None:
         """See `Call`. Precondition: the event loop has made no step since the call was started."""
-        self._follower = (handle, on_end, on_bug)
+        self._follower = follower
 
     def cancel(self) -> None:
         """See `Call`."""
@@ -55,28 +48,27 @@ class TunnelledCall:
 
     def deliver(self, response: bytes) -> None:
         """The next response has come."""
-        if self._follower is None:
+        follower = self._follower
+        if follower is None:
             return
-        handle, _, on_bug = self._follower
         try:
-            handle(self._parse(response))
+            follower.handle(self._parse(response))
         except DecodeError:
             self._give_up(InternalError("a response is no valid message"))
         except BatonError as error:
             self._give_up(error)
         except Exception as error:  # noqa: BLE001 - a bug, which belongs to whoever follows
             self.cancel()
-            on_bug(error)
+            follower.on_bug(error)
 
     def end(self, broken: Broken) -> None:
         """No more will come."""
         follower, self._follower = self._follower, None
         if follower is not None:
-            _, on_end, on_bug = follower
             try:
-                on_end(broken)
+                follower.on_end(broken)
             except Exception as error:  # noqa: BLE001 - likewise; other calls are in the same stream
-                on_bug(error)
+                follower.on_bug(error)
 
     def _give_up(self, error: BatonError) -> None:
         self._let_go()

@@ -15,7 +15,7 @@ from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings, ServerSettings
 from baton.service.tunnel import WAITING_BYTES, Method, TunnelServicer
 from baton.v1 import common_pb2, tunnel_pb2, tunnel_pb2_grpc
-from router.streams import Broken
+from router.streams import Broken, Follower
 from router.tunnel import MESSAGE_BYTES, Tunnel, TunnelledCall
 
 Handler = Callable[[common_pb2.TokenIds, Context], Any]
@@ -48,7 +48,7 @@ class Far:
 async def end_of(call: TunnelledCall, handle: Callable[[Any], None]) -> Broken:
     """Follows a call to its end. Raises what `handle` does, where that is a bug."""
     ended: asyncio.Future[Broken] = asyncio.get_running_loop().create_future()
-    call.follow(handle, ended.set_result, ended.set_exception)
+    call.follow(Follower(handle, ended.set_result, ended.set_exception))
     try:
         return await ended
     finally:
@@ -159,7 +159,7 @@ async def test_a_cancelled_call_frees_its_handler_and_no_other_call() -> None:
     async with far(wait) as here:
         seen, told = asyncio.Event(), list[object]()
         first = here.start(1)
-        first.follow(lambda _: seen.set(), told.append, told.append)
+        first.follow(Follower(lambda _: seen.set(), told.append, told.append))
         second = asyncio.create_task(here.answer(2))
         await seen.wait()
         first.cancel()

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -24,7 +24,7 @@ from baton.v1 import common_pb2, decode_pb2
 from router.attempt import Attempt
 from router.attempt_calls import Terms
 from router.members import Member, Pair
-from router.streams import Broken
+from router.streams import Broken, Follower
 from tests.unit.test_fleet_place import decode_worker
 
 RESERVED = decode_pb2.DecodeResponse(reserved=decode_pb2.DecodeResponse.Reserved())
@@ -41,13 +41,8 @@ class Call:
     def __init__(self) -> None:
         self.cancelled = False
 
-    def follow(
-        self,
-        handle: Callable[[Any], None],
-        on_end: Callable[[Broken], None],
-        on_bug: Callable[[Exception], None],
-    ) -> None:
-        self.say, self.end, self.err = handle, on_end, on_bug
+    def follow(self, follower: Follower) -> None:
+        self.say, self.end, self.err = follower
 
     def cancel(self) -> None:
         self.cancelled = True
