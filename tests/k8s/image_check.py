@@ -26,7 +26,8 @@ from tests.k8s.checks import SERVICES
 from tests.k8s.manifests import ROOT, PodTemplate, documents, environment, pod_templates, rendered
 
 BASE = "localhost/baton-base"
-PACKAGES = "python3.11,python3.11-venv,ca-certificates"
+# debootstrap does not resolve what a package only provides: python3-distutils stands for the python3.11-distutils of python3.11-venv.
+PACKAGES = "python3.11,python3.11-venv,python3-distutils,ca-certificates"
 NETWORK, BRIDGE = "10.77.0", "baton-check"
 HEALTHY_S = 300.0
 RESTARTS = 3

@@ -95,72 +95,83 @@ struct Tile {
   }
 };
 
-// 8-bit: integer sums within a group, then scaled into the float32 sum. Weights are stored with 128 added, since the instruction
-// wants one factor unsigned; a group's sum starts at -128 times the sum of the row's values, which takes that back.
+// 8-bit: integer sums within a group stay in registers, and are then scaled into the float32 sums, which wait in the first cache.
+// Weights are stored with 128 added, since the instruction wants one factor unsigned; a group's sum starts at -128 times the sum of
+// the row's values, which takes that back.
 template <int MR, int NP>
 struct Tile<I8, MR, NP> {
   static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, size_t ahead, float* out) {
     constexpr int NV = 2 * NP;
-    __m512 sum[MR][NV];
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v)
-        sum[m][v] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out + (m * NV + v) * 16);
+    if (first == 0)
+      for (int i = 0; i < MR * NV; ++i) _mm512_storeu_ps(out + i * 16, _mm512_setzero_ps());
     const size_t row_bytes = a.row_bytes();
     const int groups = a.groups();
     for (int g = first / GROUP_STEPS; g < last / GROUP_STEPS; ++g) {
       __m512i dot[MR][NV];
+#pragma GCC unroll 12
       for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) dot[m][v] = _mm512_set1_epi32(a.starts[m * groups + g]);
-#pragma GCC unroll 2
-      for (int s = g * GROUP_STEPS; s < (g + 1) * GROUP_STEPS; ++s) {
+      // A row's address is that of every third row and its distance from it: twelve of their own do not fit into registers.
+      constexpr int THIRDS = (MR + 2) / 3;
+      const char* x[THIRDS];
+      for (int i = 0; i < THIRDS; ++i) x[i] = a.data + 3 * i * row_bytes + (size_t)g * GROUP;
+      const char* at = b + (size_t)g * GROUP * PANEL;
+#pragma GCC unroll 1
+      for (int s = 0; s < GROUP_STEPS; ++s, at += 128) {
         __m512i w[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
-          const char* at = b + (v / 2) * panel_bytes + (size_t)s * 128 + (v % 2) * 64;
-          w[v] = _mm512_loadu_si512(at);
-          _mm_prefetch(at + ahead, _MM_HINT_T0);
+          const char* from = at + (v / 2) * panel_bytes + (v % 2) * 64;
+          w[v] = _mm512_loadu_si512(from);
+          _mm_prefetch(from + ahead, _MM_HINT_T0);
         }
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
           int32_t lane;
-          std::memcpy(&lane, a.data + m * row_bytes + (size_t)s * 4, 4);
-          const __m512i x = _mm512_set1_epi32(lane);
+          std::memcpy(&lane, x[m / 3] + m % 3 * row_bytes, 4);
+          const __m512i values = _mm512_set1_epi32(lane);
+          // The intrinsic's sums are copied to and fro, and spilled, by GCC 12.
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], w[v], x);
+          for (int v = 0; v < NV; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(dot[m][v]) : "v"(w[v]), "v"(values));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < THIRDS; ++i) {
+          x[i] += 4;
+          asm("" : "+r"(x[i]));  // keeps it the one that is counted up
         }
       }
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const uint16_t* at = scales + ((size_t)(v / 2) * groups + g) * PANEL + (v % 2) * 16;
-        const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at));
+        const uint16_t* of = scales + ((size_t)(v / 2) * groups + g) * PANEL + (v % 2) * 16;
+        const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)of));
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
           const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[m * groups + g]));
-          sum[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][v]), both, sum[m][v]);
+          float* sum = out + (m * NV + v) * 16;
+          _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][v]), both, _mm512_loadu_ps(sum)));
+          asm("" ::: "memory");  // holds no sum in a register from group to group: those are needed
         }
       }
     }
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + (m * NV + v) * 16, sum[m][v]);
   }
 };
 
 using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, size_t, float*);
 
-// How many rows and panels a tile's sums leave registers for.
+// How many rows by panels a tile's sums leave registers for.
+constexpr int MOST_SUMS = 12;
+
+// As many of them keep the arithmetic busy; more streams of 8-bit weights, with their scales, would only slow memory down.
 template <class Op>
-constexpr int most_rows(int panels) {
-  return 12 / panels;
-}
+constexpr int BUSY = MOST_SUMS;
 template <>
-constexpr int most_rows<I8>(int panels) {
-  return 6 / panels;
-}
+constexpr int BUSY<I8> = 6;
 
 template <class Op, int NP, int MR = 1>
 TileFn tile_of(int rows) {
   if (rows == MR) return &Tile<Op, MR, NP>::run;
-  if constexpr (MR < most_rows<Op>(NP)) return tile_of<Op, NP, MR + 1>(rows);
+  if constexpr (MR < MOST_SUMS / NP) return tile_of<Op, NP, MR + 1>(rows);
   return nullptr;
 }
 
@@ -185,20 +196,19 @@ void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, 
   alignas(64) float sums[MOST_ROWS * PANEL];
   const size_t panel_bytes = (size_t)w.steps * 4 * PANEL;
   const int groups = w.steps / GROUP_STEPS;
-  const int most = most_rows<Op>(1);
   while (panels > 0) {
     // The fewer the rows, the more panels keep the arithmetic busy.
     int np = 1;
-    if (rows * 2 <= most) np = std::min({panels, most / rows, MOST_PANELS});
+    if (rows * 2 <= BUSY<Op>) np = std::min({panels, BUSY<Op> / rows, MOST_PANELS});
     if (np == 4 && (panels == 5 || panels == 6)) np = 3;
     const char* b = w.data + panel * panel_bytes;
     const uint16_t* scales = w.scales ? w.scales + (size_t)panel * groups * PANEL : nullptr;
-    if (rows <= most) {
+    if (rows <= MOST_SUMS) {
       // The more rows, the longer a step takes, and the less the memory keeps up by itself.
       const size_t ahead = std::clamp(rows * 1024, 2048, 8192);
       tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, ahead, sums);
     } else {
-      const int tiles = (rows + most - 1) / most;
+      const int tiles = (rows + MOST_SUMS - 1) / MOST_SUMS;
       for (int step = 0; step < w.steps; step += BLOCK_STEPS) {
         const int last = std::min(step + BLOCK_STEPS, w.steps);
         for (int t = 0; t < tiles; ++t) {
