@@ -28,6 +28,7 @@ from tests.k8s.manifests import ROOT, PodTemplate, documents, environment, pod_t
 BASE = "localhost/baton-base"
 # debootstrap does not resolve what a package only provides: python3-distutils stands for the python3.11-distutils of python3.11-venv.
 PACKAGES = "python3.11,python3.11-venv,python3-distutils,ca-certificates"
+KERNELS = "opt/baton/lib/python3.11/site-packages/baton/engine/native/_kernels*.so"
 NETWORK, BRIDGE = "10.77.0", "baton-check"
 HEALTHY_S = 300.0
 RESTARTS = 3
@@ -216,6 +217,7 @@ def main() -> None:
             builder.root_of("worker") as worker,
             network(),
         ):
+            assert list(worker.glob(KERNELS)), "the worker's image has no native kernels"
             serve(router, worker)
     finally:
         if not given:

@@ -15,6 +15,7 @@
 namespace baton {
 
 constexpr int PANEL = 32;
+constexpr int LANE_BYTES = 4 * PANEL;
 constexpr int GROUP = 64;           // values along K that share a scale, in 8-bit formats
 constexpr int GROUP_STEPS = GROUP / 4;
 
@@ -62,10 +63,11 @@ struct I8 {
 };
 
 // One tile: MR rows by NP panels, over lanes [first, last). `out` [MR][NP * 32] holds the sums up to `first`, and then up to `last`.
-// Weights are asked of memory `ahead` bytes before their use.
+// Weights to be used later are asked of memory: at `soon`, `stride` bytes further with each lane.
 template <class Op, int MR, int NP>
 struct Tile {
-  static void run(Rows a, const char* b, const uint16_t*, size_t panel_bytes, int first, int last, size_t ahead, float* out) {
+  static void run(Rows a, const char* b, const uint16_t*, size_t panel_bytes, int first, int last, const char* soon, size_t stride,
+                  float* out) {
     constexpr int NV = 2 * NP;
     __m512 sum[MR][NV];
     for (int m = 0; m < MR; ++m)
@@ -73,13 +75,13 @@ struct Tile {
         sum[m][v] = first == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out + (m * NV + v) * 16);
     const size_t row_bytes = a.row_bytes();
 #pragma GCC unroll 2
-    for (int s = first; s < last; ++s) {
+    for (int s = first; s < last; ++s, soon += stride) {
       __m512i w[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) {
-        const char* at = b + (v / 2) * panel_bytes + (size_t)s * 128 + (v % 2) * 64;
-        w[v] = _mm512_loadu_si512(at);
-        _mm_prefetch(at + ahead, _MM_HINT_T0);
+        const size_t from = (v / 2) * panel_bytes + (v % 2) * 64;
+        w[v] = _mm512_loadu_si512(b + from + (size_t)s * 128);
+        _mm_prefetch(soon + from, _MM_HINT_T0);
       }
 #pragma GCC unroll 12
       for (int m = 0; m < MR; ++m) {
@@ -100,7 +102,8 @@ struct Tile {
 // the row's values, which takes that back.
 template <int MR, int NP>
 struct Tile<I8, MR, NP> {
-  static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, size_t ahead, float* out) {
+  static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, const char* soon,
+                  size_t stride, float* out) {
     constexpr int NV = 2 * NP;
     if (first == 0)
       for (int i = 0; i < MR * NV; ++i) _mm512_storeu_ps(out + i * 16, _mm512_setzero_ps());
@@ -118,13 +121,13 @@ struct Tile<I8, MR, NP> {
       for (int i = 0; i < THIRDS; ++i) x[i] = a.data + 3 * i * row_bytes + (size_t)g * GROUP;
       const char* at = b + (size_t)g * GROUP * PANEL;
 #pragma GCC unroll 1
-      for (int s = 0; s < GROUP_STEPS; ++s, at += 128) {
+      for (int s = 0; s < GROUP_STEPS; ++s, at += 128, soon += stride) {
         __m512i w[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
-          const char* from = at + (v / 2) * panel_bytes + (v % 2) * 64;
-          w[v] = _mm512_loadu_si512(from);
-          _mm_prefetch(from + ahead, _MM_HINT_T0);
+          const size_t from = (v / 2) * panel_bytes + (v % 2) * 64;
+          w[v] = _mm512_loadu_si512(at + from);
+          _mm_prefetch(soon + from, _MM_HINT_T0);
         }
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
@@ -157,7 +160,7 @@ struct Tile<I8, MR, NP> {
   }
 };
 
-using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, size_t, float*);
+using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, const char*, size_t, float*);
 
 // How many rows by panels a tile's sums leave registers for.
 constexpr int MOST_SUMS = 12;
@@ -190,6 +193,8 @@ TileFn tile(int rows, int panels) {
 constexpr int MOST_ROWS = 192;    // of a block
 constexpr int MOST_PANELS = 4;    // of a tile
 constexpr int BLOCK_STEPS = 192;  // lanes of a panel that stay in the first cache while many rows pass
+constexpr int FEW_TILES = 4;      // wait for memory rather than for arithmetic
+constexpr int FEW_STEPS = 128;    // lanes that leave room in the first cache for the next
 
 template <class Op, class Epilogue>
 void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, Epilogue&& finish) {
@@ -206,16 +211,23 @@ void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, 
     if (rows <= MOST_SUMS) {
       // The more rows, the longer a step takes, and the less the memory keeps up by itself.
       const size_t ahead = std::clamp(rows * 1024, 2048, 8192);
-      tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, ahead, sums);
+      tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, b + ahead, LANE_BYTES, sums);
     } else {
       const int tiles = (rows + MOST_SUMS - 1) / MOST_SUMS;
-      for (int step = 0; step < w.steps; step += BLOCK_STEPS) {
-        const int last = std::min(step + BLOCK_STEPS, w.steps);
+      const int asking = tiles <= FEW_TILES ? tiles : 1;
+      const int most = tiles <= FEW_TILES ? FEW_STEPS : BLOCK_STEPS;
+      const int parts = (w.steps + most - 1) / most;
+      const int length = (w.steps + parts * GROUP_STEPS - 1) / (parts * GROUP_STEPS) * GROUP_STEPS;
+      for (int step = 0; step < w.steps; step += length) {
+        const int last = std::min(step + length, w.steps);
+        const char* here = b + (size_t)step * LANE_BYTES;
         for (int t = 0; t < tiles; ++t) {
           const int from = rows * t / tiles, to = rows * (t + 1) / tiles;
-          // The last one, after which these lanes are done with, asks for the next.
-          const size_t ahead = t == tiles - 1 ? BLOCK_STEPS * 4 * PANEL : 0;
-          tile<Op>(to - from, 1)(a.from(first + from), b, scales, panel_bytes, step, last, ahead, sums + from * PANEL);
+          // Few tiles ask for the next lanes together, at an even rate; of many only the last: they would be gone before their use.
+          const int turn = t - (tiles - asking);
+          const size_t stride = turn < 0 ? 0 : LANE_BYTES / asking;
+          const char* soon = turn < 0 ? here : here + length * LANE_BYTES + turn * (last - step) * stride;
+          tile<Op>(to - from, 1)(a.from(first + from), b, scales, panel_bytes, step, last, soon, stride, sums + from * PANEL);
         }
       }
     }
