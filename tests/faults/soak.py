@@ -298,8 +298,18 @@ def account(report: Report, windows: list[tuple[str, float]], traces: list[Trace
         row = report.rows.setdefault(name, Row())
         row.disturbed += 1
         row.gaps_s.append(trace.gap_s)
-        report.longest.append(f"  {trace.gap_s:6.2f} s, {name}: {'; '.join(trace.failures)}")
-    report.longest = sorted(report.longest, reverse=True)[:LONGEST]
+    disturbed = sorted((t for t in traces if t.disturbed), key=lambda t: t.gap_s, reverse=True)
+    report.longest = [told(trace, windows) for trace in disturbed[:LONGEST]]
+
+
+def told(trace: Trace, windows: list[tuple[str, float]]) -> str:
+    """The wait, the faults that it spans with the time from its begin to theirs, and the request's way."""
+    ended_s = trace.gap_began_s + trace.gap_s
+    before = [w for w in windows if w[1] <= trace.gap_began_s][-1:]
+    during = [w for w in windows if trace.gap_began_s < w[1] <= ended_s]
+    faults = ", ".join(f"{name} {at_s - trace.gap_began_s:+.2f}" for name, at_s in before + during)
+    way = "; ".join(trace.attempts)
+    return f"  {trace.gap_s:6.2f} s after {trace.gap_at} messages: {faults}\n      {way}\n      {trace.times}"
 
 
 def attempts_of(router: RouterProcess) -> Counter[str]:

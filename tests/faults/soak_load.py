@@ -36,14 +36,21 @@ class Trace:
     gap_began_s: float = 0.0
     disturbed: bool = False
     """Whether an attempt failed or moved, or the stream broke."""
-    failures: tuple[str, ...] = ()
-    """Of its attempts."""
+    gap_at: int = 0
+    """Messages before the longest wait."""
+    messages: int = 0
+    attempts: tuple[str, ...] = ()
+    """Each one's workers, the tokens that it resumed, why it failed."""
+    times: str = ""
+    """When its stages happened, as the router that ended it tells."""
 
     def hear(self) -> None:
         now_s = time.monotonic()
         if now_s - self.heard_at_s > self.gap_s:
             self.gap_s, self.gap_began_s = now_s - self.heard_at_s, self.heard_at_s
+            self.gap_at = self.messages
         self.heard_at_s = now_s
+        self.messages += 1
 
 
 def cases() -> list[tuple[tuple[int, ...], SamplingOptions]]:
@@ -101,8 +108,12 @@ class Load:
                     await asyncio.sleep(pause_s)
             result = stream.result
         assert answer_of(result) == case.answer, "the stream differs from the undisturbed one"
-        trace.failures = tuple(a.failure for a in result.attempts if a.failure)
-        trace.disturbed = stream._call is not call or bool(trace.failures)
+        trace.attempts = tuple(
+            f"{a.prefill_worker or '-'} {a.decode_worker} +{a.resumed_tokens} {a.failure}"
+            for a in result.attempts
+        )
+        trace.times = str(result.timings)
+        trace.disturbed = stream._call is not call or any(a.failure for a in result.attempts)
         if not pause_s:
             self.traces.append(trace)
         return result
