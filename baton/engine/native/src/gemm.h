@@ -134,7 +134,7 @@ struct Tile<I8, MR, NP> {
           int32_t lane;
           std::memcpy(&lane, x[m / 3] + m % 3 * row_bytes, 4);
           const __m512i values = _mm512_set1_epi32(lane);
-          // The intrinsic's sums are copied to and fro, and spilled, by GCC 12.
+          // GCC 12 copies and spills the sums of the intrinsic.
 #pragma GCC unroll 8
           for (int v = 0; v < NV; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(dot[m][v]) : "v"(w[v]), "v"(values));
         }
