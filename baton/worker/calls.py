@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.errors import BatonError, CancelledError, DrainingError
+from baton.errors import BatonError, CancelledError, DrainingError, PreconditionError
 from baton.kv.spec import WireKV
 from baton.lifecycle import Event, Timeline
 from baton.service.logging import bind
@@ -24,6 +24,8 @@ from baton.types import AttemptKey, TraceContext
 
 _log = logging.getLogger(__name__)
 
+ENDED = frozenset({PreconditionError.reason, CancelledError.reason})
+"""Why there is no KV of an attempt that has ended."""
 CANCELLED = outcome_of(CancelledError(""))
 
 
@@ -117,7 +119,8 @@ async def exported(
         failure = ""
         if isinstance(meta, Refused):
             facts["error.type"] = meta.reason.lower()
-            failure = f"{meta.reason}: {meta.message}"
+            # What has ended meanwhile is no failure of this worker's: the attempt's own spans say why it ended.
+            failure = "" if meta.reason in ENDED else f"{meta.reason}: {meta.message}"
         span.end(
             "export",
             begun_s,
