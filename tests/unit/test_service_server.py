@@ -373,6 +373,20 @@ async def test_a_burst_of_calls_is_not_turned_away() -> None:
     assert {answer.status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
 
 
+async def test_a_server_waits_for_calls_once_however_many_methods_it_has() -> None:
+    """Promise: a call costs no more for the services that are served beside its own."""
+    others = len(asyncio.all_tasks())
+    smallest = GrpcServer(ServerSettings(reflection=False), [])
+    await smallest.start()
+    await asyncio.sleep(0)
+    tasks_of_smallest = len(asyncio.all_tasks()) - others
+    await smallest.stop(0)
+    others = len(asyncio.all_tasks())
+    async with running():
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) - others == tasks_of_smallest
+
+
 async def test_probes_without_a_certificate_see_the_health_and_nothing_else(tmp_path: Path) -> None:
     """Promise: where callers must show certificates, whoever has none still learns whether the process is well."""
     files = Authority.make(tmp_path).issue("server")
