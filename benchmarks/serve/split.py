@@ -1,5 +1,9 @@
-"""What the split itself costs at so many streams: tokens a second and CPU time per token, of the split system and of one worker with as
-many engine threads. Both run behind their routers, and are loaded in turn, closed-loop.
+"""What the split itself costs at so many streams: tokens a second and CPU time per token. All run behind their routers, and are loaded in
+turn, closed-loop.
+
+    single   one worker, with a thread for each core
+    split    a prefill and a decode worker, as `baton serve` starts them: each has all cores while the other rests
+    halved   the same, each with half of the cores' threads and no more
 
     python -m benchmarks.serve.split [--models qwen smollm2 sim] [--streams 16] [--rounds 5]
 
@@ -22,12 +26,13 @@ from benchmarks.serve.systems import running_baton
 
 
 def measure(args: argparse.Namespace, model: str) -> dict[str, list[dict[str, Any]]]:
-    """Samples of both systems, a pair for each round after the first, which warms them up."""
+    """Samples of all systems, one for each round after the first, which warms them up."""
     flags = [*model_flags(model, args.cache), "--no-prefix-cache", "--transport", "ray"]
     threads = args.threads or len(os.sched_getaffinity(0))
     systems = {
         "single": ["--prefill", "0", "--decode", "1", "--threads", str(threads)],
-        "split": ["--prefill", "1", "--decode", "1", "--threads", str(max(1, threads // 2))],
+        "split": ["--prefill", "1", "--decode", "1", "--threads", str(threads)],
+        "halved": ["--prefill", "1", "--decode", "1", "--threads", str(max(1, threads // 2))],
     }
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
     with ExitStack() as stack:
@@ -67,7 +72,7 @@ def _sample(loaded: Loaded) -> dict[str, Any]:
 
 
 def summarized(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians, and what the split costs: the median over pairs of one round."""
+    """Medians, and what each has of the single worker's: the median over pairs of one round."""
     median: dict[str, Any] = {
         name: {
             field: statistics.median(s[field] for s in taken)
@@ -82,15 +87,12 @@ def summarized(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         }
         for name, taken in samples.items()
     }
-    pairs = list(zip(samples["split"], samples["single"], strict=True))
-    return median | {
-        "tokens_per_s_ratio": round(
-            statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs), 4
-        ),
-        "cpu_ratio": round(
-            statistics.median(a["cpu_us_per_token"] / b["cpu_us_per_token"] for a, b in pairs), 4
-        ),
-    }
+    for name, taken in samples.items():
+        pairs = list(zip(taken, samples["single"], strict=True))
+        for field in ("tokens_per_s", "cpu_us_per_token"):
+            ratio = statistics.median(a[field] / b[field] for a, b in pairs)
+            median[name][f"{field}_ratio"] = round(ratio, 4)
+    return median
 
 
 def main() -> None:
@@ -111,16 +113,12 @@ def main() -> None:
     for model in args.models:
         raw[model] = measure(args, model)
         summary[model] = found = summarized(raw[model])
-        for name in ("single", "split"):
-            row = found[name]
+        for name, row in found.items():
             print(
-                f"{model:8} {name:7} {row['tokens_per_s']:8.1f} tokens/s  ITL p50 {row['itl_p50_ms']:7.2f} ms  "
-                f"{row['cpu_us_per_token']:8.0f} us of CPU a token {row['by_process']}"
+                f"{model:8} {name:7} {row['tokens_per_s']:8.1f} tokens/s ({row['tokens_per_s_ratio']:.1%})  "
+                f"ITL p50 {row['itl_p50_ms']:7.2f} ms  {row['cpu_us_per_token']:8.0f} us of CPU a token "
+                f"({row['cpu_us_per_token_ratio']:.1%}) {row['by_process']}"
             )
-        print(
-            f"{model:8} the split has {found['tokens_per_s_ratio']:.1%} of the tokens/s, "
-            f"for {found['cpu_ratio']:.1%} of the CPU time"
-        )
     told = {k: v for k, v in vars(args).items() if k not in ("out", "cache")}
     write_report(args.out, settings=told, raw=raw, summary=summary)
 

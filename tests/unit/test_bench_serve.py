@@ -43,8 +43,10 @@ def test_the_split_is_compared_round_by_round() -> None:
             "split": [sample(90, 11), sample(9, 110), sample(45, 22)],
         }
     )
-    assert (found["tokens_per_s_ratio"], found["cpu_ratio"]) == (0.9, 1.1)
-    assert found["split"]["by_process"] == {"ray": 22}
+    split, single = found["split"], found["single"]
+    assert (split["tokens_per_s_ratio"], split["cpu_us_per_token_ratio"]) == (0.9, 1.1)
+    assert (single["tokens_per_s_ratio"], single["cpu_us_per_token_ratio"]) == (1, 1)
+    assert split["by_process"] == {"ray": 22}
 
 
 def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
