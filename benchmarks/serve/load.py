@@ -1,6 +1,7 @@
 """Baton under an open-loop load against the same engine in one process and against vLLM's server for CPUs, on the same model.
 
-    split       router, a prefill worker and a decode worker, each with an equal share of the cores' threads, KV through Ray
+    split       router, a prefill worker and a decode worker, as `baton serve` starts them: each has all cores while the other rests
+    halved      the same, each with an equal share of the cores' threads and no more
     single      the same router and one worker with all of them, which computes prompts and generates
     vllm        vLLM's OpenAI server on the same cores, with its own defaults
 
@@ -8,7 +9,7 @@ Requests arrive at random (Poisson), the same ones at the same times for each sy
 are started and measured in turn, round by round; figures are medians of the rounds. Prompts share no prefix, and no prefix cache is on.
 The load generator runs on the same cores as the servers.
 
-    python -m benchmarks.serve.load [--models qwen smollm2] [--systems split single vllm] [--rounds 3] [--duration 60]
+    python -m benchmarks.serve.load [--models qwen smollm2] [--systems split halved single vllm] [--rounds 3] [--duration 60]
 
 vLLM is installed into an environment of its own where `--vllm` names none; whatever a run does not measure stays in the file.
 """
@@ -32,7 +33,7 @@ from benchmarks.serve.models import CACHE, model_directory, model_flags
 from benchmarks.serve.plots import plot_load
 from benchmarks.serve.systems import Start, running_baton, running_vllm
 
-SYSTEMS = ("split", "single", "vllm")
+SYSTEMS = ("split", "halved", "single", "vllm")
 RATES = {"qwen": (0.2, 0.4, 0.6, 0.8), "smollm2": (0.5, 1.0, 1.5, 2.0), "tiny": (4.0, 8.0, 16.0)}
 """Requests a second, up to about what two cores can do."""
 SLOS = {
@@ -73,15 +74,13 @@ class Settings:
 def starts(settings: Settings, model: str) -> dict[str, Start]:
     """How each system is started."""
     flags = [*model_flags(model, settings.cache), "--no-prefix-cache", "--transport", "ray"]
-    half = max(1, settings.threads // 2)
+    all_cores, half = str(settings.threads), str(max(1, settings.threads // 2))
+    apart = ["--prefill", "1", "--decode", "1", "--threads"]
+    together = ["--prefill", "0", "--decode", "1", "--threads"]
     found: dict[str, Start] = {
-        "split": partial(
-            running_baton, [*flags, "--prefill", "1", "--decode", "1", "--threads", str(half)]
-        ),
-        "single": partial(
-            running_baton,
-            [*flags, "--prefill", "0", "--decode", "1", "--threads", str(settings.threads)],
-        ),
+        "split": partial(running_baton, [*flags, *apart, all_cores]),
+        "halved": partial(running_baton, [*flags, *apart, half]),
+        "single": partial(running_baton, [*flags, *together, all_cores]),
     }
     if "vllm" in settings.systems:
         python = settings.vllm or make_environment(settings.cache / "vllm", *VLLM)

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
-STYLES = {"split": "o-", "single": "s--", "vllm": "^:"}
+STYLES = {"split": "o-", "halved": "v-.", "single": "s--", "vllm": "^:"}
 
 
 def plot_load(summary: Mapping[str, Mapping[str, Rows]], path: Path) -> None:
