@@ -48,7 +48,7 @@ async def health(rig: Rig, service: str) -> str:
 
 
 async def until_health(rig: Rig, service: str, expected: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(2):
         while await health(rig, service) != expected:  # noqa: ASYNC110 - its call is how it is asked
             await asyncio.sleep(0.05)
 

@@ -80,7 +80,7 @@ def started(package: str, log: Path, *flags: str) -> Iterator["subprocess.Popen[
 
 
 def wait_for(log: Path, pattern: str, process: "subprocess.Popen[bytes]") -> Sequence[str]:
-    end_s = time.monotonic() + 100
+    end_s = time.monotonic() + 40
     while not (found := re.search(pattern, log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end_s, log.read_text()
