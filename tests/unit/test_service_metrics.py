@@ -168,8 +168,7 @@ def test_names_and_labels_follow_the_conventions(metrics: MetricsServer) -> None
     families = [
         family
         for family in text_string_to_metric_families(exposition(metrics))
-        if not family.name.startswith(("process_", "vllm:"))
-        and not family.name.endswith("_created")
+        if not family.name.startswith("process_") and not family.name.endswith("_created")
     ]
     assert len(families) > 10
     for family in families:
@@ -198,6 +197,28 @@ def test_the_port_serves_the_registry_and_is_free_again_afterwards() -> None:
     first.close()
     assert second.serve("127.0.0.1", port) == port
     second.close()
+
+
+def test_a_worker_serves_vllms_names_at_a_path_of_their_own() -> None:
+    """Promise: one page has only Baton's names, the other only vLLM's."""
+    metrics = worker()
+    port = metrics.serve("127.0.0.1", 0)
+
+    def names(path: str) -> set[str]:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            page = answer.read().decode()
+        return {family.name for family in text_string_to_metric_families(page)}
+
+    own, vllm = names("/metrics"), names("/metrics/vllm")
+    metrics.close()
+    assert "baton_worker_kv_blocks" in own
+    assert not any(":" in name for name in own)
+    assert vllm == {
+        "vllm:cache_config_info",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    }
 
 
 def test_outcomes_are_the_reasons_of_the_error_tree() -> None:

@@ -1,12 +1,17 @@
 """A registry, and the HTTP port at which Prometheus reads it. The port is served by threads of its own."""
 
+from collections.abc import Iterable
 from socketserver import ThreadingMixIn
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
 from baton.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 CLOSE_S = 0.02
 """How often the HTTP thread looks whether it is to end."""
@@ -26,16 +31,26 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class MetricsServer:
-    """Serves one registry at /metrics on a port of its own, from a thread of its own."""
+    """Serves a registry at /metrics on a port of its own, and others beside it, from a thread of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        """Served at every path that `others` does not name."""
+        self.others: dict[str, CollectorRegistry] = {}
+        """By path. Read when the port opens."""
         ProcessCollector(registry=self.registry)
         self._http: _HttpServer | None = None
 
     def serve(self, host: str, port: int) -> int:
         """Returns the bound port. Raises `UnavailableError` where it cannot be bound."""
-        app = make_wsgi_app(self.registry)
+        main: WSGIApplication = make_wsgi_app(self.registry)
+        others: dict[str, WSGIApplication] = {
+            path: make_wsgi_app(registry) for path, registry in self.others.items()
+        }
+
+        def app(environ: "WSGIEnvironment", start: "StartResponse") -> Iterable[bytes]:
+            return others.get(environ["PATH_INFO"], main)(environ, start)
+
         try:
             self._http = make_server(host, port, app, _HttpServer, _QuietHandler)
         except OSError as error:

@@ -1,5 +1,4 @@
-"""What a worker's scrape samples: its engine's load, its health, the object store; and the names by which vLLM's dashboards and the
-Gateway API's inference extension know a model server's load.
+"""What a worker's scrape samples: its engine's load, its health, the object store.
 
 The collector runs on the scrape's thread and reads `WorkerState`, whose fields the event loop replaces one by one.
 """
@@ -12,9 +11,6 @@ from prometheus_client.registry import Collector
 
 from baton.engine.base import EngineInfo
 from baton.types import ObjectStoreUsage, Role, WorkerLoad
-
-ENGINE = "0"
-"""VLLM numbers the engines behind one port; here there is one."""
 
 
 @dataclass(slots=True)
@@ -50,7 +46,6 @@ class LoadCollector(Collector):
         usage = self._state.object_store
         if usage is not None:
             yield from _object_store(role, usage)
-        yield from self._aliases(load)
 
     def _describe(self, role: str) -> Metric:
         info = self._info
@@ -86,38 +81,6 @@ class LoadCollector(Collector):
             gauge = GaugeMetricFamily(f"baton_worker_{name}", text, labels=["role"])
             gauge.add_metric([role], value)
             yield gauge
-
-    def _aliases(self, load: WorkerLoad) -> Iterator[Metric]:
-        """With vLLM's labels and meanings."""
-        info = self._info
-        held = load.reserved_blocks + load.used_blocks + load.in_flight_blocks
-        for name, text, value in (
-            (
-                "num_requests_running",
-                "As baton_worker_running_requests.",
-                float(load.running_requests),
-            ),
-            (
-                "num_requests_waiting",
-                "As baton_worker_waiting_requests.",
-                float(load.waiting_requests),
-            ),
-            (
-                "kv_cache_usage_perc",
-                "Share of the KV pool's blocks that requests hold, 0 to 1.",
-                held / info.num_blocks,
-            ),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["engine", "model_name"])
-            gauge.add_metric([ENGINE, info.model], value)
-            yield gauge
-        cache = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The KV pool's shape; always 1.",
-            labels=["engine", "block_size", "num_gpu_blocks"],
-        )
-        cache.add_metric([ENGINE, str(info.block_size_tokens), str(info.num_blocks)], 1)
-        yield cache
 
 
 def _blocks(role: str, load: WorkerLoad) -> Metric:

@@ -5,7 +5,7 @@ worker's event loop.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from baton.engine.base import EngineInfo
 from baton.errors import (
@@ -20,6 +20,8 @@ from baton.errors import (
 from baton.service.metrics.exposition import MetricsServer
 from baton.service.metrics.load import LoadCollector, WorkerState
 from baton.service.metrics.series import OK, SECONDS, Children
+from baton.service.metrics.vllm import PATH as VLLM_PATH
+from baton.service.metrics.vllm import VllmCollector
 from baton.types import ObjectStoreUsage, Role, WorkerLoad
 
 HANDOFF_FAILURES = (
@@ -54,6 +56,7 @@ class WorkerMetrics(MetricsServer):
 
     def __init__(self, role: Role) -> None:
         super().__init__()
+        self.vllm_registry = self.others[VLLM_PATH] = CollectorRegistry()
         self._requests = Children(self._counter("requests", "Calls by outcome.", "outcome"))
         self._failures = Children(
             self._counter("handoff_failures", "Handoffs that failed.", "reason")
@@ -99,6 +102,7 @@ class WorkerMetrics(MetricsServer):
     ) -> None:
         """Exports the engine's load at every scrape. Both are called on the scrape's thread."""
         self.registry.register(LoadCollector(info, self._state, load, stalled_s))
+        self.vllm_registry.register(VllmCollector(info, load))
 
     def record_call(self, outcome: str) -> None:
         self._requests(self.role.value, outcome).inc()
