@@ -52,15 +52,20 @@ struct Partial {
   float* sum;  // [D]
 };
 
-template <class Op, int MR, int NT>
-inline void scores_tile(const char* q, size_t q_bytes, const char* const* tiles, int steps, float* out, int ld) {
+// Tiles lie 2 KB here and 2 KB there, too short for the hardware to foresee. So `Ask`: while one is multiplied, the one in its place in
+// `soon`, which is wanted later, is asked for line by line.
+template <class Op, bool Ask, int MR, int NT>
+inline void scores_tile(const char* q, size_t q_bytes, const char* const* tiles, const char* const* soon, int steps, float* out, int ld) {
   __m512 sum[MR][NT];
   for (int m = 0; m < MR; ++m)
     for (int t = 0; t < NT; ++t) sum[m][t] = _mm512_setzero_ps();
   for (int s = 0; s < steps; ++s) {
     __m512i k[NT];
 #pragma GCC unroll 4
-    for (int t = 0; t < NT; ++t) k[t] = _mm512_loadu_si512(tiles[t] + (size_t)s * 64);
+    for (int t = 0; t < NT; ++t) {
+      k[t] = _mm512_loadu_si512(tiles[t] + (size_t)s * 64);
+      if constexpr (Ask) _mm_prefetch(soon[t] + (size_t)s * 64, _MM_HINT_T0);
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < MR; ++m) {
       int32_t lane;
@@ -74,19 +79,23 @@ inline void scores_tile(const char* q, size_t q_bytes, const char* const* tiles,
     for (int t = 0; t < NT; ++t) _mm512_storeu_ps(out + m * ld + t * 16, sum[m][t]);
 }
 
-template <class Op, int MR, int NV>
-inline void values_tile(const char* p, size_t p_bytes, const char* const* tiles, int num_tiles, int head_dim, int dim, float* out) {
+template <class Op, bool Ask, int MR, int NV>
+inline void values_tile(const char* p, size_t p_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
+                        int dim, float* out) {
   __m512 sum[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < NV; ++v) sum[m][v] = _mm512_setzero_ps();
   constexpr int STEPS = TOKENS / Op::VALUES;
   for (int t = 0; t < num_tiles; ++t) {
-    const char* base = tiles[t] + (size_t)dim * 4;
     const char* weights = p + (size_t)t * STEPS * 4;
     for (int s = 0; s < STEPS; ++s) {
       __m512i w[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(base + (size_t)s * head_dim * 4 + v * 64);
+      for (int v = 0; v < NV; ++v) {
+        const size_t at = ((size_t)s * head_dim + dim) * 4 + v * 64;
+        w[v] = _mm512_loadu_si512(tiles[t] + at);
+        if constexpr (Ask) _mm_prefetch(soon[t] + at, _MM_HINT_T0);
+      }
 #pragma GCC unroll 6
       for (int m = 0; m < MR; ++m) {
         int32_t lane;
@@ -101,35 +110,40 @@ inline void values_tile(const char* p, size_t p_bytes, const char* const* tiles,
     for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + (size_t)m * head_dim + dim + v * 16, sum[m][v]);
 }
 
-template <class Op, int MR>
-inline void scores_rows(const char* q, size_t q_bytes, const char* const* tiles, int num_tiles, int steps, float* out) {
+template <class Op, bool Ask, int MR>
+void scores_rows(const char* q, size_t q_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int steps, float* out) {
   int t = 0;
-  for (; t + 4 <= num_tiles; t += 4) scores_tile<Op, MR, 4>(q, q_bytes, tiles + t, steps, out + t * 16, SPAN);
-  for (; t < num_tiles; ++t) scores_tile<Op, MR, 1>(q, q_bytes, tiles + t, steps, out + t * 16, SPAN);
+  for (; t + 4 <= num_tiles; t += 4) scores_tile<Op, Ask, MR, 4>(q, q_bytes, tiles + t, soon + t, steps, out + t * 16, SPAN);
+  for (; t < num_tiles; ++t) scores_tile<Op, Ask, MR, 1>(q, q_bytes, tiles + t, soon + t, steps, out + t * 16, SPAN);
 }
 
-template <class Op, int MR>
-inline void values_rows(const char* p, size_t p_bytes, const char* const* tiles, int num_tiles, int head_dim, float* out) {
+template <class Op, bool Ask, int MR>
+void values_rows(const char* p, size_t p_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim, float* out) {
   int d = 0;
-  for (; d + 64 <= head_dim; d += 64) values_tile<Op, MR, 4>(p, p_bytes, tiles, num_tiles, head_dim, d, out);
-  for (; d + 16 <= head_dim; d += 16) values_tile<Op, MR, 1>(p, p_bytes, tiles, num_tiles, head_dim, d, out);
+  for (; d + 64 <= head_dim; d += 64) values_tile<Op, Ask, MR, 4>(p, p_bytes, tiles, soon, num_tiles, head_dim, d, out);
+  for (; d + 16 <= head_dim; d += 16) values_tile<Op, Ask, MR, 1>(p, p_bytes, tiles, soon, num_tiles, head_dim, d, out);
 }
 
-template <class Op, int MR = 1>
-auto scores_of(int rows) {
-  using Fn = void (*)(const char*, size_t, const char* const*, int, int, float*);
-  if (rows == MR) return (Fn)&scores_rows<Op, MR>;
-  if constexpr (MR < 6) return scores_of<Op, MR + 1>(rows);
-  return (Fn) nullptr;
+using RowsFn = void (*)(const char*, size_t, const char* const*, const char* const*, int, int, float*);
+
+template <class Op, bool Ask, int MR = 1>
+RowsFn scores_of(int rows) {
+  if (rows == MR) return &scores_rows<Op, Ask, MR>;
+  if constexpr (MR < 6) return scores_of<Op, Ask, MR + 1>(rows);
+  return nullptr;
 }
 
-template <class Op, int MR = 1>
-auto values_of(int rows) {
-  using Fn = void (*)(const char*, size_t, const char* const*, int, int, float*);
-  if (rows == MR) return (Fn)&values_rows<Op, MR>;
-  if constexpr (MR < 6) return values_of<Op, MR + 1>(rows);
-  return (Fn) nullptr;
+template <class Op, bool Ask, int MR = 1>
+RowsFn values_of(int rows) {
+  if (rows == MR) return &values_rows<Op, Ask, MR>;
+  if constexpr (MR < 6) return values_of<Op, Ask, MR + 1>(rows);
+  return nullptr;
 }
+
+// What a thread attends next, of the same sequence.
+struct Next {
+  int head, span;
+};
 
 // What a thread attends with.
 struct Scratch {
@@ -138,10 +152,11 @@ struct Scratch {
 };
 
 // Queries of one KV head: `rows` of them, packed [rows][D]; query i stands at position `position(i)` and sees `window` tokens up to
-// itself. Computes span `span` of each, as partial results; a query that sees nothing of the span has a total of 0.
+// itself. Computes span `span` of each, as partial results; a query that sees nothing of the span has a total of 0. What the thread
+// attends afterwards is span `next.span` of KV head `next.head`, if that is not negative.
 template <class Op, class Position>
 void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int head, const char* queries, int rows, float scale,
-                 int window, int span, int end, Position&& position, float* most, float* total, float* sums) {
+                 int window, int span, int end, Next next, Position&& position, float* most, float* total, float* sums) {
   const KvShape& shape = *cache.shape;
   const int steps = shape.head_dim / Op::VALUES;
   const size_t q_bytes = (size_t)steps * 4;
@@ -149,15 +164,21 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
   const int num_tiles = (std::min(end, first + SPAN) - first + TOKENS - 1) / TOKENS;
   const char* keys[SPAN / TOKENS];
   const char* values[SPAN / TOKENS];
+  const char* next_keys[SPAN / TOKENS];
   for (int t = 0; t < num_tiles; ++t) {
     const size_t at = cache.tile_at(table, first + t * TOKENS, head);
     keys[t] = cache.keys + at;
     values[t] = cache.values + at;
+    const int token = next.span * SPAN + t * TOKENS;
+    next_keys[t] = next.head < 0 || token >= end ? keys[t] : cache.keys + cache.tile_at(table, token, next.head);
   }
+  // More queries than one tile's find most of the KV in the processor's caches, whoever asked for it.
   const int tiles = (rows + 5) / 6;
+  const bool few = tiles == 1;
   for (int i = 0; i < tiles; ++i) {
     const int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-    scores_of<Op>(to - from)(queries + from * q_bytes, q_bytes, keys, num_tiles, steps, scratch.scores + from * SPAN);
+    const RowsFn scores = few ? scores_of<Op, true>(to - from) : scores_of<Op, false>(to - from);
+    scores(queries + from * q_bytes, q_bytes, keys, values, num_tiles, steps, scratch.scores + from * SPAN);
   }
   constexpr size_t P_BYTES = (size_t)SPAN * 4 / Op::VALUES;
   const __m512 scales = _mm512_set1_ps(scale);
@@ -192,8 +213,8 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
   }
   for (int i = 0; i < tiles; ++i) {
     const int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-    values_of<Op>(to - from)(scratch.weights + from * P_BYTES, P_BYTES, values, num_tiles, shape.head_dim,
-                             sums + (size_t)from * shape.head_dim);
+    const RowsFn sum = few ? values_of<Op, true>(to - from) : values_of<Op, false>(to - from);
+    sum(scratch.weights + from * P_BYTES, P_BYTES, values, next_keys, num_tiles, shape.head_dim, sums + (size_t)from * shape.head_dim);
   }
 }
 

@@ -417,11 +417,15 @@ class Decoder {
   }
 
   void attend(const BatonBatch& batch, const BatonLayer& w, const Cache& cache) {
-    const int heads = model_.num_kv_heads, parts = (int)blocks_.size() * heads;
-    if (parts >= 4 * team_.size() || longest() <= 2 * SPAN || team_.size() == 1) {
+    const int heads = model_.num_kv_heads, blocks = (int)blocks_.size(), enough = 4 * team_.size();
+    if (blocks * heads >= enough || longest() <= 2 * SPAN || team_.size() == 1) {
+      const int together = blocks >= enough ? heads : 1;
       // Later tokens see more: they come first, so that no thread is left with the longest part at the end.
-      team_.run(parts, [&](int part, int thread) {
-        attend_block(batch, w, cache, blocks_[blocks_.size() - 1 - part / heads], part % heads, thread);
+      team_.run(blocks * heads / together, [&](int part, int thread) {
+        const Block& block = blocks_[blocks - 1 - part * together / heads];
+        const int first = part * together % heads;
+        for (int head = first; head < first + together; ++head)
+          attend_block(batch, w, cache, block, head, head + 1 < first + together ? head + 1 : -1, thread);
       });
       return;
     }
@@ -442,11 +446,11 @@ class Decoder {
   }
 
   // Attends `rows` queries of a block to one span. Queries of a token's group stand side by side.
-  void span(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int s,
+  void span(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int s, Next next,
             const char* queries, Scratch& scratch, float* most, float* total, float* sums) {
     const int group = kv_.group(), rows = block.count * group, first = positions_[block.first];
     attend_span<C>(scratch, cache, batch.tables + batch.rows[block.row * 4 + 3], head, queries, rows, w.scale, w.window, s,
-                   end_of(block), [&](int r) { return first + r / group; }, most, total, sums);
+                   end_of(block), next, [&](int r) { return first + r / group; }, most, total, sums);
   }
 
   // The block's queries of one KV head, side by side.
@@ -464,7 +468,8 @@ class Decoder {
     for (int d = 0; d < head_dim; d += 16) _mm512_storeu_ps(to + d, _mm512_mul_ps(_mm512_loadu_ps(all.sum + d), by));
   }
 
-  void attend_block(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int thread) {
+  void attend_block(const BatonBatch& batch, const BatonLayer& w, const Cache& cache, const Block& block, int head, int next_head,
+                    int thread) {
     const int group = kv_.group(), rows = block.count * group, head_dim = model_.head_dim;
     Room& room = rooms_[thread];
     const char* queries = gather(block, head, room.queries.get());
@@ -476,9 +481,10 @@ class Decoder {
       all[r] = {0, 0, all_sums + (size_t)r * head_dim};
       std::memset(all[r].sum, 0, (size_t)head_dim * 4);
     }
-    const int spans = (end_of(block) + SPAN - 1) / SPAN;
-    for (int s = first_span(w, block); s < spans; ++s) {
-      span(batch, w, cache, block, head, s, queries, scratch_[thread], most, total, sums);
+    const int begin = first_span(w, block), spans = (end_of(block) + SPAN - 1) / SPAN;
+    for (int s = begin; s < spans; ++s) {
+      const Next next = s + 1 < spans ? Next{head, s + 1} : Next{next_head, begin};
+      span(batch, w, cache, block, head, s, next, queries, scratch_[thread], most, total, sums);
       for (int r = 0; r < rows; ++r) merge(all[r], {most[r], total[r], sums + (size_t)r * head_dim}, head_dim);
     }
     for (int r = 0; r < rows; ++r) finish(block, head, r, all[r]);
@@ -504,7 +510,7 @@ class Decoder {
       const SpanPart& p = parts_[part];
       const Block& block = blocks_[p.block];
       const char* queries = gather(block, p.head, rooms_[thread].queries.get());
-      span(batch, w, cache, block, p.head, p.span, queries, scratch_[thread], most + p.at, total + p.at, sums + p.at * head_dim);
+      span(batch, w, cache, block, p.head, p.span, {-1, 0}, queries, scratch_[thread], most + p.at, total + p.at, sums + p.at * head_dim);
     });
     float* all_sums = rooms_[0].all_sums.get();
     for (size_t p = 0; p < parts_.size();) {
