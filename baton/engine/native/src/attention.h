@@ -172,12 +172,12 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
     const int token = next.span * SPAN + t * TOKENS;
     next_keys[t] = next.head < 0 || token >= end ? keys[t] : cache.keys + cache.tile_at(table, token, next.head);
   }
-  // More queries than one tile's find most of the KV in the processor's caches, whoever asked for it.
+  // A group's queries fit two tiles. A chunk's are more: theirs find most of the KV in the processor's caches, whoever asked for it.
   const int tiles = (rows + 5) / 6;
-  const bool few = tiles == 1;
+  const bool few = tiles <= 2;
   for (int i = 0; i < tiles; ++i) {
     const int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-    const RowsFn scores = few ? scores_of<Op, true>(to - from) : scores_of<Op, false>(to - from);
+    const RowsFn scores = few && i == 0 ? scores_of<Op, true>(to - from) : scores_of<Op, false>(to - from);
     scores(queries + from * q_bytes, q_bytes, keys, values, num_tiles, steps, scratch.scores + from * SPAN);
   }
   constexpr size_t P_BYTES = (size_t)SPAN * 4 / Op::VALUES;
@@ -213,7 +213,7 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
   }
   for (int i = 0; i < tiles; ++i) {
     const int from = rows * i / tiles, to = rows * (i + 1) / tiles;
-    const RowsFn sum = few ? values_of<Op, true>(to - from) : values_of<Op, false>(to - from);
+    const RowsFn sum = few && i == 0 ? values_of<Op, true>(to - from) : values_of<Op, false>(to - from);
     sum(scratch.weights + from * P_BYTES, P_BYTES, values, next_keys, num_tiles, shape.head_dim, sums + (size_t)from * shape.head_dim);
   }
 }
