@@ -79,7 +79,7 @@ def test_it_shows_the_fleet_the_requests_and_the_sessions_that_there_are(
     expect(page.locator(f".row .id:text-matches('^{oldest[:8]}')").first).to_be_visible()
     expect(page.locator("#requests-summary")).to_contain_text("running")
     page.get_by_role("radio", name="2 min").click()
-    for stage in ("prefill", "decode"):
+    for stage in ("queue", "prefill", "handoff", "decode"):
         expect(page.locator(f".gantt .stage-{stage}").first).to_be_attached()
     assert page.locator("#sessions tbody tr").count() == len(status.sessions.recent)
     assert page.locator("#fleet .kv").first.get_attribute("aria-label") is not None

@@ -82,7 +82,9 @@ def router() -> RouterMetrics:
 
 def worker() -> WorkerMetrics:
     metrics = WorkerMetrics(Role.PREFILL)
-    load = WorkerLoad(free_blocks=3, cached_blocks=2, used_blocks=1, running_requests=1)
+    load = WorkerLoad(
+        free_blocks=3, cached_blocks=2, used_blocks=1, running_requests=1, waiting_requests=4
+    )
     metrics.watch(INFO, lambda: load, lambda: 0.5)
     metrics.set_object_store(
         ObjectStoreUsage(used_bytes=1 << 20, capacity_bytes=1 << 30, spilled_bytes=2 << 20)
@@ -200,24 +202,25 @@ def test_the_port_serves_the_registry_and_is_free_again_afterwards() -> None:
 
 
 def test_a_worker_serves_vllms_names_at_a_path_of_their_own() -> None:
-    """Promise: one page has only Baton's names, the other only vLLM's."""
+    """Promise: one page has only Baton's names, the other only vLLM's, with the load in them."""
     metrics = worker()
     port = metrics.serve("127.0.0.1", 0)
 
-    def names(path: str) -> set[str]:
+    def values(path: str) -> dict[str, float]:
         with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
             page = answer.read().decode()
-        return {family.name for family in text_string_to_metric_families(page)}
+        families = text_string_to_metric_families(page)
+        return {family.name: family.samples[0].value for family in families if family.samples}
 
-    own, vllm = names("/metrics"), names("/metrics/vllm")
+    own, vllm = values("/metrics"), values("/metrics/vllm")
     metrics.close()
     assert "baton_worker_kv_blocks" in own
     assert not any(":" in name for name in own)
     assert vllm == {
-        "vllm:cache_config_info",
-        "vllm:kv_cache_usage_perc",
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
+        "vllm:cache_config_info": 1,
+        "vllm:kv_cache_usage_perc": 1 / 8,
+        "vllm:num_requests_running": 1,
+        "vllm:num_requests_waiting": 4,
     }
 
 
