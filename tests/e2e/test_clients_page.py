@@ -20,7 +20,9 @@ from tests.ports import free_port
 from tests.served import Served, served
 
 ROOT = Path(__file__).parents[2]
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/clients.md", "docs/openai.md", "docs/sessions.md"))
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/clients.md", "docs/openai.md", "docs/sessions.md")
+)
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
 BOUND_S = 45
