@@ -26,7 +26,11 @@ from tests.served import Served, served, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(180)]
 
-FLAGS = ("--engine", "sim", "--transport", "ray", "--decode", "2", "--kv-tokens", "65536")
+FLAGS = (
+    *("--engine", "sim", "--transport", "ray", "--decode", "2", "--kv-tokens", "65536"),
+    # So that an answer takes seconds: a worker that is killed while it generates has most of it before it.
+    *("--step-ms", "2"),
+)
 SETTINGS = {
     "BATON_MAX_RUNNING": "2",
     "BATON_TTFT_TARGET_S": "1",
@@ -147,13 +151,16 @@ def kill_under_requests(fleet: Served) -> None:
         with Client(fleet.address) as client:
             return client.complete(prompt(70 + number), sampling=long)
 
-    def busy() -> list[WorkerInfo]:
-        return [worker for worker in decodes if load_of(worker).running_requests]
+    busy: list[WorkerInfo] = []
+
+    def generates() -> bool:
+        busy.extend(worker for worker in decodes if load_of(worker).running_requests)
+        return bool(busy)
 
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(answer, number) for number in range(8)]
-        until(lambda: bool(busy()), 30, "a decode worker generates")
-        fleet.kill((busy() or decodes)[0])
+        until(generates, 30, "a decode worker generates")
+        fleet.kill(busy[0])
         results = [each.result(60) for each in answers]
     assert {len(result.token_ids) for result in results} == {1500}
     assert any(len(result.attempts) > 1 for result in results)
