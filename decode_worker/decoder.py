@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from baton.codec import chunk_of_tokens
@@ -29,7 +29,7 @@ from baton.errors import BatonError, CancelledError, PreconditionError
 from baton.lifecycle import Event
 from baton.service.groups import first_error
 from baton.service.worker_host import WorkerHost
-from baton.transfer.base import KVTransport, Piece, PullRequest, Ready
+from baton.transfer.base import KVTransport, Piece, PullRequest, Ready, Underway
 from baton.transfer.layout import handoff_pieces
 from baton.types import (
     NO_TRACE,
@@ -40,6 +40,7 @@ from baton.types import (
     TraceContext,
 )
 from baton.worker.calls import Method, Stage, WorkerCall, one_call
+from decode_worker.arrival import ready_unless_orphaned
 from decode_worker.events import EventReader
 
 SERVICE = "baton.v1.DecodeService"
@@ -77,6 +78,8 @@ class DecodeJob:
     """What is left of the caller's deadline."""
     trace: TraceContext = NO_TRACE
     """The router's attempt."""
+    orphaned: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the router that began it does not read it any more: it may never have called the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +286,15 @@ class Decoder:
         self, job: DecodeJob, address: str, call: WorkerCall, piece: Piece
     ) -> Ready | None:
         """Returns once the piece can be pulled; None where the prompt is not done with it."""
-        key = job.source_key or job.key
-        answer = await self._transport.ready(address, key, _left_s(job, call), piece)
+
+        def ask(piece: Piece) -> Coroutine[Any, Any, Ready | Underway]:
+            key = job.source_key or job.key
+            return self._transport.ready(address, key, _left_s(job, call), piece)
+
+        if piece.has_begun or job.source_key is not None:
+            answer = await ask(piece)
+        else:
+            answer = await ready_unless_orphaned(ask, piece, job.orphaned)
         if isinstance(answer, Ready):
             self._begin_handoff(call)
             return answer

@@ -167,6 +167,7 @@ class HeldAttempt:
             if not reader.replaced.done():
                 raise
         finally:
+            self.job.orphaned.set()
             if not reader.replaced.done():
                 self._reader = None
                 reader.leave()

@@ -83,10 +83,19 @@ class Rig:
         return self.prefill_stub.Prefill(request, timeout=timeout)
 
     def decode_call(
-        self, attempt: AttemptKey, seq: Sequence, *, local: bool = False, timeout: float | None = 20
+        self,
+        attempt: AttemptKey,
+        seq: Sequence,
+        *,
+        local: bool = False,
+        timeout: float | None = 20,
+        grace_s: float = 0.0,
     ) -> Any:
         request = decode_pb2.DecodeRequest(
-            key=key_to_proto(attempt), sequence=sequence_to_proto(seq), kv_digest=self.digest
+            key=key_to_proto(attempt),
+            sequence=sequence_to_proto(seq),
+            kv_digest=self.digest,
+            grace_seconds=grace_s,
         )
         if not local:
             request.source.transfer_address = PREFILL_ADDRESS

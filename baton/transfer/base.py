@@ -40,7 +40,7 @@ class Piece:
     last: int
     """The token after it."""
     has_begun: bool
-    """Decode has the piece before it, so the attempt is there, or was: there is none to wait for."""
+    """The attempt is there, or was: there is none to wait for. So it is once decode has the piece before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,11 @@ async def disturbed(
         return stream.result
 
 
+async def uses_prefill(client: AsyncClient, prompt: list[int]) -> bool:
+    result = await client.complete(prompt, sampling=SamplingOptions(max_tokens=2, temperature=0))
+    return bool(result.attempts[-1].prefill_worker)
+
+
 def answers(result: Result) -> list[object]:
     return [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in result.completions]
 
@@ -116,6 +121,36 @@ async def test_a_router_that_is_cut_off_is_left_for_another() -> None:
                 assert answers(await client.complete(PROMPT, sampling=sampling)) == answers(result)
             await door.stop()
         await workers.at_rest(15)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_router_that_ends_between_its_calls_to_decode_and_to_prefill_costs_little(
+    number: signal.Signals,
+) -> None:
+    """Promise: an attempt that waits for a prompt which nobody was told to compute holds neither the client up nor its blocks."""
+    pings = ConnectionOptions(keepalive_s=0.5, keepalive_timeout_s=0.5)
+    prompt = PROMPT * 10
+    async with fleet(environ={"BATON_MIN_CLIENT_PING_S": "0.2"}) as (routers, workers):
+        first, second = routers
+        addresses = f"{first.address},{second.address}"
+        async with asyncio.timeout(5), AsyncClient(first.address) as calm:
+            prompts = ([token] * len(prompt) for token in range(2, 99))
+            while not await uses_prefill(calm, next(prompts)):
+                pass  # one of its workers has not joined it yet
+        async with AsyncClient(addresses, connection=pings) as client:
+            asking = asyncio.create_task(client.complete(prompt, sampling=SAMPLING["greedy"]))
+            while not workers.decode.host.num_calls:  # noqa: ASYNC110 - to be there before its answer is
+                await asyncio.sleep(0)
+            first.signal(number)
+            assert not workers.prefill.host.num_calls
+            async with asyncio.timeout(5):
+                result = await asking
+            assert result.attempts[-1].prefill_worker
+            assert answers(result) == answers(
+                await client.complete(prompt, sampling=SAMPLING["greedy"])
+            )
+        first.end()
+        await workers.at_rest(2)
 
 
 async def test_nobody_attaches_and_the_grace_frees_everything() -> None:
