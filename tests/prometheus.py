@@ -58,6 +58,13 @@ class Prometheus:
         assert told["status"] == "success", told
         return [Sample(each["metric"], float(each["value"][1])) for each in told["data"]["result"]]
 
+    def pages(self) -> dict[str, str]:
+        """What each process that is there to be scraped says of itself, by the address."""
+        told = self.http.get("/api/v1/targets", params={"state": "active"}).json()
+        active = [each for each in told["data"]["activeTargets"] if each["health"] == "up"]
+        urls = [each["scrapeUrl"] for each in active]
+        return {url: httpx.get(url, timeout=20).text for url in urls}
+
     def label_values(self, selector: str, label: str) -> set[str]:
         """Of the series that a selector finds, as Grafana asks for a variable's values."""
         answer = self.http.get("/api/v1/series", params={"match[]": selector})
@@ -74,12 +81,21 @@ def prometheus(
     rules: Sequence[Path] = (),
     alertmanager: str = "",
 ) -> Iterator[Prometheus]:
-    """Scrapes each job's addresses, evaluates the rules, and tells the Alertmanager at that address."""
+    """Scrapes each job's addresses, evaluates the rules, and tells the Alertmanager at that address.
+
+    Series have the labels that they have on Kubernetes; a pod is called by its address.
+    """
     config: dict[str, Any] = {
         "global": {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL},
         "rule_files": [str(path) for path in rules],
         "scrape_configs": [
-            {"job_name": job, "static_configs": [{"targets": list(addresses)}]}
+            {
+                "job_name": job,
+                "static_configs": [
+                    {"targets": [each], "labels": {"namespace": "baton", "pod": each}}
+                    for each in addresses
+                ],
+            }
             for job, addresses in jobs.items()
         ],
     }

@@ -21,7 +21,7 @@ from baton.errors import CapacityError, InvalidRequestError
 from baton.types import Role, WorkerInfo
 from tests.dashboards import DASHBOARDS, RULES, PanelQuery, load, queries
 from tests.faults.probes import load_of
-from tests.prometheus import Prometheus, alertmanager, prometheus, webhook
+from tests.prometheus import Prometheus, alertmanager, prometheus, promtool, webhook
 from tests.served import Served, served, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(180)]
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(180)]
 FLAGS = (
     *("--engine", "sim", "--transport", "ray", "--decode", "2", "--kv-tokens", "65536"),
     # So that an answer takes seconds: a worker that is killed while it generates has most of it before it.
-    *("--step-ms", "2"),
+    *("--step-ms", "2", "--max-batch-tokens", "64", "--max-context", "8192"),
 )
 SETTINGS = {
     "BATON_MAX_RUNNING": "2",
@@ -41,6 +41,7 @@ LOAD_S = 4.0
 SEEN_S = 60.0
 """How long Prometheus has to see what happened, on a busy machine."""
 ALERT = "BatonRecoveries"
+SCALED = Path(__file__).parents[2] / "k8s/components/keda/scaledobjects.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,11 @@ def at_once(rules: Path, directory: Path) -> Path:
 
 
 def put_through_it(fleet: Served) -> None:
-    """A decode worker killed under requests; then requests side by side, sessions, refusals, and a request that cannot be."""
+    """A decode worker killed under requests; prompts that wait for prefill; then requests side by side, sessions, refusals, and a
+    request that cannot be.
+    """
     kill_under_requests(fleet)
+    queue_prompts(fleet)
     stop_at_s = time.monotonic() + LOAD_S
     failures: SimpleQueue[BaseException] = SimpleQueue()
 
@@ -166,6 +170,17 @@ def kill_under_requests(fleet: Served) -> None:
     assert any(len(result.attempts) > 1 for result in results)
 
 
+def queue_prompts(fleet: Served) -> None:
+    """For seconds, one prompt waits while prefill computes another."""
+
+    def ask_long(number: int) -> None:
+        with Client(fleet.address) as client:
+            client.complete(prompt(80 + number) * 20, sampling=SamplingOptions(max_tokens=2))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask_long, range(16)))
+
+
 def dead(server: Prometheus, left: list[PanelQuery]) -> list[PanelQuery]:
     return [
         query
@@ -201,6 +216,29 @@ def test_workers_tell_of_rays_object_store(watched: Prometheus) -> None:
         assert len(told) == 3
     assert {sample.value for sample in told} == {told[0].value}
     assert told[0].value >= 128 * 2**20
+
+
+def test_prometheus_finds_no_fault(watched: Prometheus) -> None:
+    """Promise: what the processes of a fleet export, Ray's object store too, is clean by `promtool check metrics`."""
+    pages = watched.pages()
+    assert len(pages) == 3, "a router and two workers: the one that was killed is gone"
+    assert any("baton_worker_object_store_used_bytes" in page for page in pages.values())
+    for page in pages.values():
+        checked = promtool("check", "metrics", stdin=page)
+        assert (checked.stdout + checked.stderr).splitlines() == []
+
+
+def test_keda_gets_a_number_for_what_it_scales_by(watched: Prometheus) -> None:
+    """Promise: the queries that ship give one number each, which is above 0 while there is work."""
+    scaled = list(yaml.safe_load_all(SCALED.read_text()))
+    assert {each["metadata"]["name"] for each in scaled} == {"baton-prefill", "baton-decode"}
+    for each in scaled:
+        (trigger,) = each["spec"]["triggers"]
+        query = trigger["metadata"]["query"]
+        assert len(watched.query(query)) == 1
+        (most,) = watched.query(f"max_over_time(({query})[2m:500ms])")
+        assert most.value > 0
+        assert most.value <= 2 or each["metadata"]["name"] == "baton-prefill"
 
 
 def test_an_alert_reaches_whoever_is_told(

@@ -138,6 +138,19 @@ async def test_what_workers_refuse_reaches_smgs_clients_as_the_http_status_that_
         assert drained.status_code == httpx.codes.SERVICE_UNAVAILABLE
 
 
+async def test_a_deadline_reaches_smgs_clients_as_504_and_frees_both_pools(tmp_path: Path) -> None:
+    """Promise: what a worker gives up by its own time limit is a gateway timeout, and nothing of it stays."""
+    slow = replace(TEXTUAL, step_s=0.01)
+    async with sim_pair(
+        tmp_path, "--disable-retries", sim=slow, foreign_kv_ttl_s=0.5, default_timeout_s=1.0
+    ) as (rig, http):
+        late = await http.post("/v1/completions", json=question(max_tokens=3000))
+        assert late.status_code == httpx.codes.GATEWAY_TIMEOUT
+        assert "text" not in late.json()
+        await rig.settled(timeout_s=3.0)
+        assert (await http.post("/v1/completions", json=question())).status_code == httpx.codes.OK
+
+
 @pytest.mark.ray
 async def test_a_real_models_answers_over_ray_are_those_of_batons_own_router(
     ray_cluster: RayCluster, tmp_path: Path
