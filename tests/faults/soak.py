@@ -47,6 +47,8 @@ TASKS_SLACK = 4
 REST_S = 60.0
 LONGEST = 12
 """Rows of the longest waits."""
+LONGEST_WAIT_S = 10.0
+"""Several times what one fault costs (two heartbeats and a second), for faults that overlap on a busy machine; a hang is longer."""
 
 
 @dataclass(slots=True)
@@ -257,6 +259,8 @@ async def soak(cluster: RayCluster, *, seconds: float, seed: int) -> Report:
         load.know(await undisturbed(fleet.addresses))
         windows = await disturb(here, load, rng, seconds)
         account(report, windows, load.traces)
+        waits = [trace.gap_s for trace in load.traces]
+        assert max(waits) < LONGEST_WAIT_S, "\n".join(report.longest)
         await fleet.at_rest(REST_S)
         await find_leaks(here, fleet, load)
         for router in fleet.routers:
