@@ -195,6 +195,8 @@ class Output:
 
     def _token_bytes(self, first: int, end: int) -> int:
         """About what tokens take on the wire."""
+        if not self._logprobs:
+            return TOKEN_BYTES * (end - first)
         entries = sum(1 + len(each.top) for each in self._logprobs[first:end] if each is not None)
         return TOKEN_BYTES * (end - first) + LOGPROB_BYTES * entries
 

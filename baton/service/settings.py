@@ -237,7 +237,7 @@ class RouterSettings(ServerSettings):
     """Requests at once on one stream of the Open Inference Protocol; further ones wait unread."""
     max_unread_bytes: int = 1024 * 1024
     """A client that leaves more of its output unread loses its request."""
-    client_messages_per_s: float = 5000.0
+    client_messages_per_s: float = 2500.0
     """About how many messages with tokens the router sends a second, to all clients together. With so many streams that each token
     in a message of its own would be more, each stream's tokens are joined, for 0.1 s at most: a message costs more than a token.
     """
