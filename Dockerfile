@@ -4,26 +4,28 @@
 #   PYTHON_IMAGE   Debian with Python 3.11, venv and bash; for CUDA a base of the same with the driver's libraries
 #   TORCH_INDEX    where torch comes from, e.g. the CPU-only wheels; empty: the default index
 #
+# Everything else is in the versions of constraints.txt, with which the tests ran.
+#
 # A pip.conf for a private index is passed as the build secret `pip`, and stays in no layer.
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 FROM ${PYTHON_IMAGE} AS dependencies
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY pyproject.toml ./
+COPY pyproject.toml constraints.txt ./
 RUN ["python3.11", "-c", "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; extra = p['optional-dependencies']; \
 write = lambda name, lines: open(name, 'w').write('\\n'.join(lines) + '\\n'); \
 write('router.txt', p['dependencies'] + extra['otel']); \
 write('worker.txt', [line for line in extra['worker'] if not line.startswith('torch==')]); \
 write('torch.txt', [line for line in extra['worker'] if line.startswith('torch==')])"]
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python3.11 -m venv /opt/baton && /opt/baton/bin/pip install -r router.txt
+    python3.11 -m venv /opt/baton && /opt/baton/bin/pip install -c constraints.txt -r router.txt
 
 FROM dependencies AS worker-dependencies
 ARG TORCH_INDEX=
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /opt/baton/bin/pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} -r torch.txt \
-    && /opt/baton/bin/pip install -r worker.txt
+    if [ -n "${TORCH_INDEX}" ]; then /opt/baton/bin/pip install --no-deps --index-url "${TORCH_INDEX}" -r torch.txt; fi \
+    && /opt/baton/bin/pip install -c constraints.txt -r torch.txt -r worker.txt
 
 FROM dependencies AS wheel
 # Compiles the native kernels; stays in no image. Any version does.

@@ -23,7 +23,7 @@ ARGS ?=
 JOBS ?= 3
 AT_ONCE = -j$(JOBS) $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help demo serve test presubmit bench bench-engine bench-gpu bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests clean
+.PHONY: help demo serve test presubmit bench bench-engine bench-gpu bench-serve soak protos fmt install check lint types layers spelling protos-check ready pytest system-packages compiler dashboards node-modules checkov image-check monitoring-manifests constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ image-check: $(VENV)/.dev ## Build both images with buildah, as root, and run th
 
 monitoring-manifests: $(VENV)/.dev ## Write k8s/monitoring's manifests from its dashboards and rules
 	@$(BIN)/python -m tests.k8s.monitoring_manifests
+
+constraints: $(VENV)/.dev ## Write down the versions that the images hold: those of this environment
+	@$(BIN)/python -m tests.k8s.constraints
 
 protos: $(VENV)/.dev ## Regenerate the stubs from protos/
 	@$(call generate,.)

