@@ -242,8 +242,9 @@ template <class Op, class Epilogue>
 void multiply(Team& team, Rows a, int rows, const Matrix& w, Epilogue&& finish) {
   const int panels = w.panels();
   const int row_blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  // Where a thread waits for weights, it does so anew at each part's begin: its parts are long.
   int cuts = team.size() == 1 ? 1 : std::min(panels, 3 * team.size());
-  if (rows > 12) cuts = std::max(cuts, panels / 4 / team.size() * team.size());
+  if (rows > FEW_TILES * MOST_SUMS) cuts = std::max(cuts, panels / 4 / team.size() * team.size());
   team.run(row_blocks * cuts, [&](int part, int) {
     const int r = part / cuts, c = part % cuts;
     const int first = (int)((int64_t)rows * r / row_blocks), last = (int)((int64_t)rows * (r + 1) / row_blocks);
