@@ -220,8 +220,16 @@ def test_workers_tell_of_rays_object_store(watched: Prometheus) -> None:
 
 def test_prometheus_finds_no_fault(watched: Prometheus) -> None:
     """Promise: what the processes of a fleet export, Ray's object store too, is clean by `promtool check metrics`."""
-    pages = watched.pages()
-    assert len(pages) == 3, "a router and two workers: the one that was killed is gone"
+    pages: dict[str, str] = {}
+
+    def all_there() -> bool:
+        pages.clear()
+        pages.update(watched.pages())
+        return len(pages) == 3
+
+    until(
+        all_there, SEEN_S, "a router and two workers are scraped: the one that was killed is gone"
+    )
     assert any("baton_worker_object_store_used_bytes" in page for page in pages.values())
     for page in pages.values():
         checked = promtool("check", "metrics", stdin=page)

@@ -107,6 +107,7 @@ async def test_a_router_that_goes_away_is_told_of_and_found_again() -> None:
     """Promise: no traceback and no end; what was seen last stays, with the reason above it."""
     async with http_house(0, 1) as here, watching(here) as (top, pilot):
         port = here.port
+        await until(pilot, lambda: len(shown(top, "fleet")) == 1)
         await here.front.stop()
         await until(pilot, lambda: bool(top.query_one("#problem").display))
         assert "no router can be reached" in text(top, "#problem")
