@@ -61,7 +61,7 @@ def main() -> None:
     assert isinstance(library, Library)
     model, _alive = tiny_model(library)
     pool = np.zeros(4096, np.uint8)
-    engine = library.engine(model, Pool(pool.ctypes.data, 1, 16), 2, None)
+    engine = library.engine(model, Pool(pool.ctypes.data, 1, 16), 2, None, tiles=True)
     before, after = np.zeros(VOCAB, np.float32), np.zeros(VOCAB, np.float32)
     few, _kept = batch_of(np.arange(9, dtype=np.int32), before)
     library.step(engine, few)
@@ -77,7 +77,7 @@ def main() -> None:
     told.append("same" if before.any() and np.array_equal(before, after) else "different")
     leave(1 << 20)
     try:
-        library.engine(model, Pool(pool.ctypes.data, 1, 16), 64, None)
+        library.engine(model, Pool(pool.ctypes.data, 1, 16), 64, None, tiles=True)
     except OSError as error:
         told.append(str(error))
     sys.stdout.write("\n".join(told))

@@ -29,6 +29,7 @@ class Kernels(Enum):
     """What computes on a CPU."""
 
     NATIVE = "native"
+    AVX512 = "avx512"
     TORCH = "torch"
 
 

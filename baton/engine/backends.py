@@ -37,7 +37,7 @@ def load_model(
         usable = _usable(config, model)
         if isinstance(usable, Library):
             return _load_native(usable, config, model, checkpoint, progress)
-        if config.kernels == "native":
+        if config.kernels is not None:
             raise ModelLoadError(config.model, f"the native kernels can't be used: {usable}")
         if config.device == "cpu":
             _log.info("torch computes; the native kernels can't be used: %s", usable)
@@ -86,6 +86,7 @@ def _load_native(
         num_blocks=num_blocks,
         block_size_tokens=config.block_size_tokens,
         threads=threads,
+        tiles=config.kernels != "avx512",
     )
 
 

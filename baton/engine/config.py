@@ -13,6 +13,8 @@ from baton.errors import ModelLoadError
 from baton.kv.spec import KVDtype, WeightFormat
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+KERNELS = ("native", "avx512", "torch")
+"""What can compute on a CPU: `EngineConfig.kernels`."""
 
 
 _BATCH_TOKENS = 512
@@ -103,7 +105,9 @@ class EngineConfig:
     most_threads: int | None = None
     """What the native kernels use while no other engine of this machine computes; None is `threads`."""
     kernels: str | None = None
-    """What computes: `torch`, or `native`, compiled for some CPUs and models; None is native where it can be."""
+    """What computes: `torch`; `native`, compiled for some CPUs and models; or `avx512`, the same without a processor's tiles (AMX), whose
+    sums in bfloat16 differ. None is native where it can be.
+    """
     prefix_cache: bool = True
     capture_decode: bool = True
     """CUDA: decode steps become graphs. Off where none are computed: on a prefill worker."""
@@ -135,9 +139,9 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             raise ModelLoadError(config.model, f"{name} must be at least 1, not {value}")
     if config.device not in {"cpu", "cuda"}:
         raise ModelLoadError(config.model, f"device must be cpu or cuda, not {config.device!r}")
-    if config.kernels not in {None, "torch", "native"}:
+    if config.kernels not in {None, *KERNELS}:
         raise ModelLoadError(
-            config.model, f"kernels must be torch or native, not {config.kernels!r}"
+            config.model, f"kernels must be one of {', '.join(KERNELS)}, not {config.kernels!r}"
         )
     dtypes = [dtype.value for dtype in KVDtype]
     if config.dtype is not None and config.dtype not in dtypes:

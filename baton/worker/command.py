@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from baton.engine.config import EngineConfig, default_batch_tokens
+from baton.engine.config import KERNELS, EngineConfig, default_batch_tokens
 from baton.engine.progress import in_words, paced
 from baton.engine.sim import EngineKind, SimConfig, simulated
 from baton.errors import BatonError
@@ -159,7 +159,7 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
         help="of activations and KV (default: the checkpoint's)",
     )
     formats = [each.value for each in WeightFormat]
-    add("--kernels", choices=("torch", "native"), help="what computes on a CPU (default: native)")
+    add("--kernels", choices=KERNELS, help="what computes on a CPU (default: native)")
     add("--weights", choices=formats, help="how the weights are kept (default: in the dtype)")
     parser.set_defaults(prompt_weights=None)
     if role is Role.DECODE:

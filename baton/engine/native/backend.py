@@ -32,11 +32,16 @@ class NativeBackend:
         num_blocks: int,
         block_size_tokens: int,
         threads: int,
+        tiles: bool,
     ) -> None:
-        """Engines of one user on this machine divide the cores among those that compute; `threads` is what a lone one uses."""
+        """Engines of one user on this machine divide the cores among those that compute; `threads` is what a lone one uses. `tiles`: the
+        processor's may be used, where there are any.
+        """
         self._library, self._weights = library, weights
         self._pool = NativePool(spec, num_blocks=num_blocks, block_size_tokens=block_size_tokens)
-        self._engine = library.engine(weights.model, self._pool.pool, threads, _cores_path())
+        self._engine = library.engine(
+            weights.model, self._pool.pool, threads, _cores_path(), tiles=tiles
+        )
         # At exit the process frees all, and the engine's thread may still compute.
         weakref.finalize(self, library.free_engine, self._engine).atexit = False
         self._copies = KVCopies(

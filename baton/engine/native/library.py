@@ -118,7 +118,7 @@ class Library:
             "baton_free": (None, [c_void_p, c_int64]),
             "baton_engine": (
                 c_char_p,
-                [POINTER(Model), POINTER(Pool), c_int32, c_char_p, POINTER(c_void_p)],
+                [POINTER(Model), POINTER(Pool), c_int32, c_char_p, c_int32, POINTER(c_void_p)],
             ),
             "baton_engine_free": (None, [c_void_p]),
             "baton_step": (c_char_p, [c_void_p, POINTER(Batch)]),
@@ -157,13 +157,18 @@ class Library:
     def free(self, address: int, num_bytes: int) -> None:
         self._code.baton_free(address, num_bytes)
 
-    def engine(self, model: Model, pool: Pool, threads: int, cores_path: str | None) -> int:
-        """An engine's address. Everything that `model` and `pool` point to must outlive it. Raises OSError where it can't be made: threads
-        or memory are used up, or the model's formats are no combination that is compiled.
+    def engine(
+        self, model: Model, pool: Pool, threads: int, cores_path: str | None, *, tiles: bool
+    ) -> int:
+        """An engine's address; `tiles`: it may multiply on the processor's tiles, where there are any. Everything that `model` and `pool`
+        point to must outlive it. Raises OSError where it can't be made: threads or memory are used up, or the model's formats are no
+        combination that is compiled.
         """
         path = None if cores_path is None else cores_path.encode()
         engine = c_void_p()
-        failure = self._code.baton_engine(byref(model), byref(pool), threads, path, byref(engine))
+        failure = self._code.baton_engine(
+            byref(model), byref(pool), threads, path, tiles, byref(engine)
+        )
         if failure is not None:
             raise OSError(f"no engine of {threads} threads: {failure.decode()}")
         assert engine.value is not None

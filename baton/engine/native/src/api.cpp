@@ -54,8 +54,21 @@ const char* failure_of(Body&& body) {
   return told.c_str();
 }
 
-Engine* make_engine(const BatonModel& model, const BatonPool& pool, int threads, const char* cores) {
-  switch (model.weights * 4 + model.kv) {
+// Whether all that the model sums is a multiple of what a tile holds.
+bool fits_tiles(const BatonModel& m) {
+  const int unit = TILE_STEPS * 2;
+  return m.hidden % unit == 0 && m.inner % unit == 0 && m.head_dim % unit == 0;
+}
+
+Engine* make_engine(const BatonModel& model, const BatonPool& pool, int threads, const char* cores, bool tiles) {
+  const int formats = model.weights * 4 + model.kv;
+  if (tiles && fits_tiles(model) && allow_tiles()) switch (formats) {
+      case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<TiledBF16, TiledBF16>(model, pool, threads, cores);
+      case FORMAT_I8 * 4 + FORMAT_F32: return new EngineOf<TiledI8, F32>(model, pool, threads, cores);
+      case FORMAT_I8 * 4 + FORMAT_BF16: return new EngineOf<TiledI8, TiledBF16>(model, pool, threads, cores);
+      default: break;
+    }
+  switch (formats) {
     case FORMAT_F32 * 4 + FORMAT_F32: return new EngineOf<F32, F32>(model, pool, threads, cores);
     case FORMAT_BF16 * 4 + FORMAT_BF16: return new EngineOf<BF16, BF16>(model, pool, threads, cores);
     case FORMAT_I8 * 4 + FORMAT_F32: return new EngineOf<I8, F32>(model, pool, threads, cores);
@@ -117,13 +130,13 @@ void* baton_allocate(int64_t bytes) {
 
 void baton_free(void* at, int64_t bytes) { munmap(at, (size_t)bytes); }
 
-// Fills in `engine`; returns why it could not, or null.
-const char* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores, void** engine) {
+// Fills in `engine`; returns why it could not, or null. `tiles`: whether it may use the processor's, where there are any.
+const char* baton_engine(const BatonModel* model, const BatonPool* pool, int32_t threads, const char* cores, int32_t tiles, void** engine) {
 #ifdef __GLIBC__
   // What loading took on the way is kept by the allocator otherwise.
   malloc_trim(0);
 #endif
-  return failure_of([&] { *engine = make_engine(*model, *pool, threads, cores); });
+  return failure_of([&] { *engine = make_engine(*model, *pool, threads, cores, tiles != 0); });
 }
 
 void baton_engine_free(void* engine) { delete static_cast<Engine*>(engine); }

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -92,7 +93,9 @@ class Activations {
  public:
   void shape(int rows, int k) {
     steps_ = lanes(k);
-    data_.at_least((size_t)rows * steps_ * 4);
+    tiled_ = TILED<Op> && rows > FEW_ROWS<Op>;
+    const int filled = tiled_ ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
+    data_.at_least((size_t)filled * steps_ * 4);
     if constexpr (Op::VALUES == 4) {
       scales_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
       starts_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
@@ -103,33 +106,46 @@ class Activations {
 
   Rows rows() const { return {data_.get(), scales_.get(), starts_.get(), steps_}; }
 
-  char* row(int row) { return data_.get() + (size_t)row * steps_ * 4; }
-
   // Rounds a row of `k` values, a multiple of 16.
   void put(int row, const float* x, int k) {
-    char* to = this->row(row);
-    if constexpr (Op::VALUES == 1) {
-      std::memcpy(to, x, (size_t)k * 4);
-    } else if constexpr (Op::VALUES == 2) {
-      for (int i = 0; i < k; i += 16) _mm256_storeu_si256((__m256i*)(to + i * 2), to_bf16_ps(_mm512_loadu_ps(x + i)));
-    } else {
+    if constexpr (Op::VALUES == 4) {
       quantize(row, x, k);
+    } else {
+      for (int i = 0; i < k; i += 16) put_16(row, i, _mm512_loadu_ps(x + i));
+    }
+  }
+
+  // Rounds 16 values of a row, from one that is a multiple of 16 on. Not of an 8-bit format.
+  void put_16(int row, int from, __m512 x) {
+    static_assert(Op::VALUES < 4);
+    if constexpr (Op::VALUES == 1) {
+      _mm512_storeu_ps((float*)at(row, from * 4), x);
+    } else {
+      _mm256_storeu_si256((__m256i*)at(row, from * 2), to_bf16_ps(x));
     }
   }
 
  private:
+  // Where a row's bytes from `from` on lie, to the end of their 64.
+  char* at(int row, size_t from) {
+    if (TILED<Op> && tiled_) {
+      const size_t tile = (size_t)(row / TILE_ROWS) * (steps_ / TILE_STEPS) + from / 64;
+      return data_.get() + tile * TILE_BYTES + row % TILE_ROWS * 64 + from % 64;
+    }
+    return data_.get() + (size_t)row * steps_ * 4 + from;
+  }
+
   // By groups: 127 stands for the greatest magnitude. What is no number makes a scale that is none either.
   void quantize(int row, const float* x, int k) {
     const int groups = steps_ / GROUP_STEPS;
-    char* to = this->row(row);
     const __m512i ones = _mm512_set1_epi8(1);
     for (int g = 0; g < groups; ++g) {
       __m512 part[4];
       __m512 most = _mm512_setzero_ps();
       __mmask16 none = 0;
       for (int i = 0; i < 4; ++i) {
-        const int at = g * GROUP + i * 16;
-        part[i] = at < k ? _mm512_loadu_ps(x + at) : _mm512_setzero_ps();
+        const int value = g * GROUP + i * 16;
+        part[i] = value < k ? _mm512_loadu_ps(x + value) : _mm512_setzero_ps();
         most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
         none |= _mm512_cmp_ps_mask(part[i], part[i], _CMP_UNORD_Q);
       }
@@ -141,7 +157,7 @@ class Activations {
         _mm_store_si128((__m128i*)(bytes + i * 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(q)));
       }
       const __m512i all = _mm512_load_si512(bytes);
-      _mm512_storeu_si512(to + (size_t)g * GROUP, all);
+      _mm512_storeu_si512(at(row, (size_t)g * GROUP), all);
       const int sum = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
       scales_.get()[row * groups + g] = scale;
       starts_.get()[row * groups + g] = -128 * sum;
@@ -152,6 +168,7 @@ class Activations {
   Buffer<float> scales_;
   Buffer<int32_t> starts_;
   int steps_ = 0;
+  bool tiled_ = false;
 };
 
 // x / rms(x) * weight, rounded.
@@ -208,10 +225,11 @@ class Decoder {
   // Applies `body(row, thread)` to every row.
   template <class Body>
   void rows_of(int rows, Body&& body) {
-    const int parts = rows < 8 ? 1 : std::min(rows / 4, 4 * team_.size());
-    team_.run(parts, [&](int part, int thread) {
-      const int last = (int)((int64_t)rows * (part + 1) / parts);
-      for (int row = (int)((int64_t)rows * part / parts); row < last; ++row) body(row, thread);
+    const int homes = team_.homes(rows), each = rows < 8 ? 1 : std::min(rows / 4, 4 * team_.size()), parts = homes * each;
+    team_.run_at_home(homes, each, [&](int home, int part, int thread) {
+      const int begin = home * each + part;
+      const int last = (int)((int64_t)rows * (begin + 1) / parts);
+      for (int row = (int)((int64_t)rows * begin / parts); row < last; ++row) body(row, thread);
     });
   }
 
@@ -225,7 +243,8 @@ class Decoder {
     width_ = (std::max({model_.hidden, model_.inner, qkv_width()}) + 63) / 64 * 64;
     x_.at_least((size_t)tokens * model_.hidden);
     qkv_.at_least((size_t)tokens * qkv_width());
-    queries_.at_least((size_t)tokens * heads * 4 / C::VALUES);
+    // A tile of queries may reach beyond the last.
+    queries_.at_least(((size_t)tokens * heads + (size_t)TILE_ROWS * head_dim) * 4 / C::VALUES);
     attended_.at_least((size_t)tokens * heads);
     wide_.at_least((size_t)team_.size() * width_);
     positions_.resize(tokens);
@@ -277,23 +296,43 @@ class Decoder {
     });
   }
 
+  template <class Epilogue>
+  void times(const Activations<W>& a, int rows, const Matrix& w, Epilogue&& finish) {
+    if constexpr (TILED<W>) {
+      multiply_tiled<W>(team_, a.rows(), rows, w, finish);
+    } else {
+      multiply<W>(team_, a.rows(), rows, w, finish);
+    }
+  }
+
+  static constexpr int ROWS_AHEAD = 2 * TILE_ROWS;
+
   // Sums into rows of float32, `width` apart; adds the bias, and what is there already where `Add`.
   template <bool Add>
   void product(const Activations<W>& a, int rows, const BatonMatrix& weights, float* out, int width) {
     const Matrix w = matrix(weights);
     clock_.lap(SECTION_REST);
-    multiply<W>(team_, a.rows(), rows, w, [&](int first, int count, int panel, int panels, const float* sums) {
-      for (int m = 0; m < count; ++m)
-        for (int v = 0; v < 2 * panels; ++v) {
-          const int column = panel * PANEL + v * 16;
-          const __mmask16 inside = first_lanes(w.n - column);
-          if (inside == 0) break;
-          float* at = out + (size_t)(first + m) * width + column;
-          __m512 y = _mm512_loadu_ps(sums + ((size_t)m * 2 * panels + v) * 16);
-          if (w.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(inside, w.bias + column));
-          if (Add) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(inside, at));
-          _mm512_mask_storeu_ps(at, inside, y);
+    times(a, rows, w, [&](int first, int count, int panel, int panels, const float* sums) {
+      for (int p = 0; p < panels; ++p) {
+        const int column = (panel + p) * PANEL;
+        const __mmask16 left = first_lanes(w.n - column), right = first_lanes(w.n - column - 16);
+        __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (w.bias != nullptr) bias[0] = _mm512_loadu_ps(w.bias + column), bias[1] = _mm512_loadu_ps(w.bias + column + 16);
+        float* at = out + (size_t)first * width + column;
+        const float* from = sums + (size_t)p * PANEL;
+        for (int m = 0; m < count; ++m, at += width, from += (size_t)panels * PANEL) {
+          __m512 y[2] = {_mm512_add_ps(_mm512_loadu_ps(from), bias[0]), _mm512_add_ps(_mm512_loadu_ps(from + 16), bias[1])};
+          if constexpr (Add) {
+            y[0] = _mm512_add_ps(y[0], _mm512_maskz_loadu_ps(left, at));
+            y[1] = _mm512_add_ps(y[1], _mm512_maskz_loadu_ps(right, at + 16));
+          }
+          // Rows lie too far apart to be foreseen.
+          __builtin_prefetch(at + (size_t)ROWS_AHEAD * width, 1);
+          __builtin_prefetch(at + (size_t)ROWS_AHEAD * width + 16, 1);
+          _mm512_mask_storeu_ps(at, left, y[0]);
+          _mm512_mask_storeu_ps(at + 16, right, y[1]);
         }
+      }
     });
     clock_.lap(SECTION_LINEAR);
   }
@@ -323,27 +362,23 @@ class Decoder {
   void gate(int tokens, const BatonMatrix& weights) {
     const Matrix w = matrix(weights);
     hidden_.shape(tokens, model_.inner);
-    const Rows to = hidden_.rows();
     clock_.lap(SECTION_REST);
-    multiply<W>(team_, inputs_.rows(), tokens, w, [&](int first, int count, int panel, int panels, const float* sums) {
-      for (int m = 0; m < count; ++m)
-        for (int p = 0; p < panels; ++p) {
-          const float* at = sums + ((size_t)m * panels + p) * PANEL;
-          __m512 gate = _mm512_loadu_ps(at), up = _mm512_loadu_ps(at + 16);
-          if (w.bias != nullptr) {
-            gate = _mm512_add_ps(gate, _mm512_loadu_ps(w.bias + (panel + p) * PANEL));
-            up = _mm512_add_ps(up, _mm512_loadu_ps(w.bias + (panel + p) * PANEL + 16));
-          }
-          const __m512 y = _mm512_mul_ps(silu_ps(gate), up);
-          const int column = (panel + p) * 16;
-          if constexpr (W::VALUES == 1) {
-            _mm512_storeu_ps((float*)(const_cast<char*>(to.data) + (first + m) * to.row_bytes()) + column, y);
-          } else if constexpr (W::VALUES == 2) {
-            _mm256_storeu_si256((__m256i*)(const_cast<char*>(to.data) + (first + m) * to.row_bytes() + column * 2), to_bf16_ps(y));
-          } else {
+    times(inputs_, tokens, w, [&](int first, int count, int panel, int panels, const float* sums) {
+      for (int p = 0; p < panels; ++p) {
+        const int column = (panel + p) * 16;
+        __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (w.bias != nullptr) bias[0] = _mm512_loadu_ps(w.bias + column * 2), bias[1] = _mm512_loadu_ps(w.bias + column * 2 + 16);
+        const float* from = sums + (size_t)p * PANEL;
+        for (int m = 0; m < count; ++m, from += (size_t)panels * PANEL) {
+          const __m512 gate = _mm512_add_ps(_mm512_loadu_ps(from), bias[0]), up = _mm512_add_ps(_mm512_loadu_ps(from + 16), bias[1]);
+          const __m512 y = _mm512_mul_ps(silu_ps<W::VALUES == 1>(gate), up);
+          if constexpr (W::VALUES == 4) {
             _mm512_storeu_ps(gated_.get() + (size_t)(first + m) * model_.inner + column, y);
+          } else {
+            hidden_.put_16(first + m, column, y);
           }
         }
+      }
     });
     clock_.lap(SECTION_LINEAR);
     if constexpr (W::VALUES == 4)
@@ -416,20 +451,30 @@ class Decoder {
     }
   }
 
+  // What a thread that attends holds meanwhile.
+  struct Nothing {};
+  using Held = std::conditional_t<TILED<C>, Tiles<true>, Nothing>;
+
   void attend(const BatonBatch& batch, const BatonLayer& w, const Cache& cache) {
     const int heads = model_.num_kv_heads, blocks = (int)blocks_.size(), enough = 4 * team_.size();
     if (blocks * heads >= enough || longest() <= 2 * SPAN || team_.size() == 1) {
-      const int together = blocks >= enough ? heads : 1;
+      // A chunk's blocks read the same KV: one head's stays in the second cache while they pass.
+      const int together = blocks >= enough && !chunks() ? heads : 1;
       // Later tokens see more: they come first, so that no thread is left with the longest part at the end.
       team_.run(blocks * heads / together, [&](int part, int thread) {
-        const Block& block = blocks_[blocks - 1 - part * together / heads];
-        const int first = part * together % heads;
+        [[maybe_unused]] const Held mine;
+        const Block& block = blocks_[blocks - 1 - part % blocks];
+        const int first = part / blocks;
         for (int head = first; head < first + together; ++head)
           attend_block(batch, w, cache, block, head, head + 1 < first + together ? head + 1 : -1, thread);
       });
       return;
     }
     attend_split(batch, w, cache);
+  }
+
+  bool chunks() const {
+    return std::any_of(blocks_.begin(), blocks_.end(), [](const Block& block) { return block.count > 1; });
   }
 
   int longest() const {
@@ -500,13 +545,14 @@ class Decoder {
       for (int head = 0; head < heads; ++head)
         for (int s = first_span(w, blocks_[b]); s < spans; ++s) {
           parts_.push_back({b, head, s, rows});
-          rows += (size_t)blocks_[b].count * group;
+          rows += ((size_t)blocks_[b].count * group + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
         }
     }
     float* most = most_.at_least(rows);
     float* total = total_.at_least(rows);
     float* sums = sums_.at_least(rows * head_dim);
     team_.run((int)parts_.size(), [&](int part, int thread) {
+      [[maybe_unused]] const Held mine;
       const SpanPart& p = parts_[part];
       const Block& block = blocks_[p.block];
       const char* queries = gather(block, p.head, rooms_[thread].queries.get());

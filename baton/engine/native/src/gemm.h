@@ -163,18 +163,19 @@ struct Tile<I8, MR, NP> {
 using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, const char*, size_t, float*);
 
 // How many rows by panels a tile's sums leave registers for.
+template <class Op>
 constexpr int MOST_SUMS = 12;
 
 // As many of them keep the arithmetic busy; more streams of 8-bit weights, with their scales, would only slow memory down.
 template <class Op>
-constexpr int BUSY = MOST_SUMS;
+constexpr int BUSY = MOST_SUMS<Op>;
 template <>
 constexpr int BUSY<I8> = 6;
 
 template <class Op, int NP, int MR = 1>
 TileFn tile_of(int rows) {
   if (rows == MR) return &Tile<Op, MR, NP>::run;
-  if constexpr (MR < MOST_SUMS / NP) return tile_of<Op, NP, MR + 1>(rows);
+  if constexpr (MR < MOST_SUMS<Op> / NP) return tile_of<Op, NP, MR + 1>(rows);
   return nullptr;
 }
 
@@ -208,12 +209,12 @@ void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, 
     if (np == 4 && (panels == 5 || panels == 6)) np = 3;
     const char* b = w.data + panel * panel_bytes;
     const uint16_t* scales = w.scales ? w.scales + (size_t)panel * groups * PANEL : nullptr;
-    if (rows <= MOST_SUMS) {
+    if (rows <= MOST_SUMS<Op>) {
       // The more rows, the longer a step takes, and the less the memory keeps up by itself.
       const size_t ahead = std::clamp(rows * 1024, 2048, 8192);
       tile<Op>(rows, np)(a.from(first), b, scales, panel_bytes, 0, w.steps, b + ahead, LANE_BYTES, sums);
     } else {
-      const int tiles = (rows + MOST_SUMS - 1) / MOST_SUMS;
+      const int tiles = (rows + MOST_SUMS<Op> - 1) / MOST_SUMS<Op>;
       const int asking = tiles <= FEW_TILES ? tiles : 1;
       const int most = tiles <= FEW_TILES ? FEW_STEPS : BLOCK_STEPS;
       const int parts = (w.steps + most - 1) / most;
@@ -244,7 +245,7 @@ void multiply(Team& team, Rows a, int rows, const Matrix& w, Epilogue&& finish) 
   const int row_blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
   // Where a thread waits for weights, it does so anew at each part's begin: its parts are long.
   int cuts = team.size() == 1 ? 1 : std::min(panels, 3 * team.size());
-  if (rows > FEW_TILES * MOST_SUMS) cuts = std::max(cuts, panels / 4 / team.size() * team.size());
+  if (rows > FEW_TILES * MOST_SUMS<Op>) cuts = std::max(cuts, panels / 4 / team.size() * team.size());
   team.run(row_blocks * cuts, [&](int part, int) {
     const int r = part / cuts, c = part % cuts;
     const int first = (int)((int64_t)rows * r / row_blocks), last = (int)((int64_t)rows * (r + 1) / row_blocks);

@@ -145,6 +145,23 @@ class Team {
     Team& team_;
   };
 
+  // As many homes as rows of a batch are divided into: what a thread writes it reads again in the next phase, from its own cache.
+  int homes(int rows) const { return std::clamp(rows / HOME_ROWS, 1, std::min(size_, MOST_HOMES)); }
+
+  // As `run`: parts [0, count) of each home. A thread takes those of its own home first, then others'.
+  template <class Body>
+  void run_at_home(int homes, int count, Body&& body) {
+    for (int home = 0; home < homes; ++home) next_[home].part.store(0, std::memory_order_relaxed);
+    run(homes * count, [&](int, int thread) {
+      for (int i = 0; i < homes; ++i) {
+        const int home = (thread + i) % homes;
+        if (next_[home].part.load(std::memory_order_relaxed) >= count) continue;
+        const int part = next_[home].part.fetch_add(1, std::memory_order_relaxed);
+        if (part < count) return body(home, part, thread);
+      }
+    });
+  }
+
   // Computes parts [0, count), each once, and returns when all are done. The body throws nothing.
   template <class Body>
   void run(int count, Body&& body) {
@@ -191,6 +208,14 @@ class Team {
     wake();
     for (auto& thread : threads_) thread.join();
   }
+
+  static constexpr int HOME_ROWS = 128;
+  static constexpr int MOST_HOMES = 64;
+
+  // Which part of a home is next.
+  struct alignas(64) Next {
+    std::atomic<int> part{0};
+  };
 
   static constexpr int PATIENT_SPINS = 2000;
   static constexpr int64_t LINGER_NS = 60000;
@@ -283,6 +308,7 @@ class Team {
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<uint32_t> calls_{0};
   std::atomic<int> asleep_{0};
+  Next next_[MOST_HOMES];
   cpu_set_t allowed_cores_;
   std::vector<Helper> helpers_;
   std::vector<std::thread> threads_;
