@@ -148,10 +148,18 @@ struct Next {
   int head, span;
 };
 
+// What is asked for while tile `t` is multiplied: a tile a few further on, at last one of those that come next.
+inline const char* tile_after(int t, int num_tiles, const char* const* tiles, const char* const* soon) {
+  constexpr int AHEAD = 4;
+  const int beyond = t + AHEAD - num_tiles;
+  return beyond < 0 ? tiles[t + AHEAD] : soon[std::min(beyond, num_tiles - 1)];
+}
+
 // As `scores_rows`, on the processor's tiles: four of KV side by side, the last of them again where there are fewer.
 template <bool Ask>
 void tiled_scores(const char* q, size_t q_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int steps,
                   float* out) {
+  const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
   settle();
   for (int r = 0; r < rows; r += TILE_ROWS)
     for (int t = 0; t < num_tiles; t += 4) {
@@ -170,8 +178,7 @@ void tiled_scores(const char* q, size_t q_bytes, int rows, const char* const* ti
         _tile_loadd(6, k[3] + at, 64);
         _tile_dpbf16ps(3, 4, 6);
         if (Ask && r == 0)
-          for (int i = 0; i < 4 && t + i < num_tiles; ++i)
-            for (int line = 0; line < TILE_STEPS; ++line) _mm_prefetch(soon[t + i] + at + line * 64, _MM_HINT_T0);
+          for (int i = 0; i < 4 && t + i < num_tiles; ++i) ask<TILE_STEPS>(after(t + i) + at);
       }
       float* to = out + r * SPAN + t * 16;
       _tile_stored(0, to, SPAN * 4);
@@ -186,6 +193,7 @@ template <bool Ask>
 void tiled_values(const char* p, size_t p_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
                   float* out) {
   const size_t ld = (size_t)head_dim * 4;
+  const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
   settle();
   for (int r = 0; r < rows; r += TILE_ROWS)
     for (int d = 0; d < head_dim; d += 64) {
@@ -204,8 +212,10 @@ void tiled_values(const char* p, size_t p_bytes, int rows, const char* const* ti
           _tile_loadd(7, v + 192, ld);
           _tile_dpbf16ps(3, 5, 7);
         }
-        if (Ask && r == 0)
-          for (int line = 0; line < (wide ? 32 : 16); ++line) _mm_prefetch(soon[t] + (size_t)d * 32 + line * 64, _MM_HINT_T0);
+        if (Ask && r == 0) {
+          const char* at = after(t) + (size_t)d * 32;
+          wide ? ask<32>(at) : ask<16>(at);
+        }
       }
       float* to = out + (size_t)r * head_dim + d;
       _tile_stored(0, to, ld);

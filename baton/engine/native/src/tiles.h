@@ -88,6 +88,12 @@ inline void read_line(const char* at) {
   asm volatile("vmovdqu64 %1, %0" : "=v"(line) : "m"(*(const char(*)[64])at));
 }
 
+template <int Lines>
+inline void ask(const char* at) {
+#pragma GCC unroll 32
+  for (int i = 0; i < Lines; ++i) _mm_prefetch(at + i * 64, _MM_HINT_T0);
+}
+
 inline void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
