@@ -1,6 +1,6 @@
 """The compiled kernels, as `ctypes` sees them. Calls release Python's lock.
 
-The structures mirror `src/decoder.h`. Loaded once per process, on the engine's thread.
+The structures mirror `src/model.h`. Loaded once per process, on the engine's thread.
 """
 
 import ctypes

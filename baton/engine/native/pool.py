@@ -1,4 +1,4 @@
-"""The KV blocks of the native kernels, and their copies to and from wire layout. See `src/attention.h` for the order within a block.
+"""The KV blocks of the native kernels, and their copies to and from wire layout. See `src/cache.h` for the order within a block.
 
 As `baton.kv.pool`: which block belongs to whom is not known here, and a block is never cleared. Used by the engine thread only.
 """

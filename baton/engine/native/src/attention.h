@@ -1,11 +1,5 @@
 // Attention over the paged KV pool, in place.
 //
-// The pool keeps keys and values in the order in which they are multiplied. A block holds S tokens, S a multiple of 16, for each KV
-// head; a lane is one float32 or two bfloat16:
-//
-//     keys    [layer][block][KV head][S / 16][D / values][16 tokens]     lanes along the head's dimensions
-//     values  [layer][block][KV head][S / 16][16 / values][D]            lanes along the tokens
-//
 // A query's context is cut into spans of 256 tokens, counted from the sequence's start. Each span is attended on its own, and the
 // spans are merged in order. So a query's result depends on its sequence only: not on the chunk that computes it, the batch, or the
 // thread; and spans of one long sequence can be computed by several threads.
@@ -14,39 +8,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tiles.h"
+#include "attention_products.h"
 
 namespace baton {
 
-constexpr int SPAN = 256;
-constexpr int TOKENS = 16;  // of a tile
 constexpr int MOST_QUERIES = 96;
 constexpr int FEW_QUERIES = 12;  // a group's, or about as many
 constexpr int AT_ONCE = 32;      // a multiple of a tile's rows
-
-struct KvShape {
-  int num_heads, num_kv_heads, head_dim, block_size, num_blocks, values;
-
-  int group() const { return num_heads / num_kv_heads; }
-  size_t tile_bytes() const { return (size_t)TOKENS * head_dim * (4 / values); }
-  size_t head_bytes() const { return tile_bytes() * (block_size / TOKENS); }
-  size_t block_bytes() const { return head_bytes() * num_kv_heads; }
-  size_t layer_bytes() const { return block_bytes() * num_blocks; }
-};
-
-// One layer's part of the pool, and one sequence's way through it.
-struct Cache {
-  char* keys;
-  char* values;
-  const KvShape* shape;
-
-  // Where the tile of 16 tokens that holds `token` begins, for a KV head.
-  size_t tile_at(const int32_t* table, int token, int head) const {
-    const int block = table[token / shape->block_size];
-    const int tile = token % shape->block_size / TOKENS;
-    return block * shape->block_bytes() + head * shape->head_bytes() + tile * shape->tile_bytes();
-  }
-};
 
 // A span's or several spans' result for one query: its greatest score, as a power of 2, the sum of its weights, and the weighted sum of
 // the values.
@@ -55,208 +23,10 @@ struct Partial {
   float* sum;  // [D]
 };
 
-// Tiles lie 2 KB here and 2 KB there, too short for the hardware to foresee. So `Ask`: while one is multiplied, the one in its place in
-// `soon`, which is wanted later, is asked for line by line.
-template <class Op, bool Ask, int MR, int NT>
-inline void scores_tile(const char* q, size_t q_bytes, const char* const* tiles, const char* const* soon, int steps, float* out, int ld) {
-  __m512 sum[MR][NT];
-  for (int m = 0; m < MR; ++m)
-    for (int t = 0; t < NT; ++t) sum[m][t] = _mm512_setzero_ps();
-  for (int s = 0; s < steps; ++s) {
-    __m512i k[NT];
-#pragma GCC unroll 4
-    for (int t = 0; t < NT; ++t) {
-      k[t] = _mm512_loadu_si512(tiles[t] + (size_t)s * 64);
-      if constexpr (Ask) _mm_prefetch(soon[t] + (size_t)s * 64, _MM_HINT_T0);
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < MR; ++m) {
-      int32_t lane;
-      std::memcpy(&lane, q + m * q_bytes + (size_t)s * 4, 4);
-      const __m512i x = _mm512_set1_epi32(lane);
-#pragma GCC unroll 4
-      for (int t = 0; t < NT; ++t) sum[m][t] = Op::fma(sum[m][t], x, k[t]);
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int t = 0; t < NT; ++t) _mm512_storeu_ps(out + m * ld + t * 16, sum[m][t]);
-}
-
-template <class Op, bool Ask, int MR, int NV>
-inline void values_tile(const char* p, size_t p_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
-                        int dim, float* out) {
-  __m512 sum[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) sum[m][v] = _mm512_setzero_ps();
-  constexpr int STEPS = TOKENS / Op::VALUES;
-  for (int t = 0; t < num_tiles; ++t) {
-    const char* weights = p + (size_t)t * STEPS * 4;
-    for (int s = 0; s < STEPS; ++s) {
-      __m512i w[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const size_t at = ((size_t)s * head_dim + dim) * 4 + v * 64;
-        w[v] = _mm512_loadu_si512(tiles[t] + at);
-        if constexpr (Ask) _mm_prefetch(soon[t] + at, _MM_HINT_T0);
-      }
-#pragma GCC unroll 6
-      for (int m = 0; m < MR; ++m) {
-        int32_t lane;
-        std::memcpy(&lane, weights + m * p_bytes + (size_t)s * 4, 4);
-        const __m512i x = _mm512_set1_epi32(lane);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[m][v] = Op::fma(sum[m][v], x, w[v]);
-      }
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + (size_t)m * head_dim + dim + v * 16, sum[m][v]);
-}
-
-template <class Op, bool Ask, int MR>
-void scores_rows(const char* q, size_t q_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int steps, float* out) {
-  int t = 0;
-  for (; t + 4 <= num_tiles; t += 4) scores_tile<Op, Ask, MR, 4>(q, q_bytes, tiles + t, soon + t, steps, out + t * 16, SPAN);
-  for (; t < num_tiles; ++t) scores_tile<Op, Ask, MR, 1>(q, q_bytes, tiles + t, soon + t, steps, out + t * 16, SPAN);
-}
-
-template <class Op, bool Ask, int MR>
-void values_rows(const char* p, size_t p_bytes, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim, float* out) {
-  int d = 0;
-  for (; d + 64 <= head_dim; d += 64) values_tile<Op, Ask, MR, 4>(p, p_bytes, tiles, soon, num_tiles, head_dim, d, out);
-  for (; d + 16 <= head_dim; d += 16) values_tile<Op, Ask, MR, 1>(p, p_bytes, tiles, soon, num_tiles, head_dim, d, out);
-}
-
-using RowsFn = void (*)(const char*, size_t, const char* const*, const char* const*, int, int, float*);
-
-template <class Op, bool Ask, int MR = 1>
-RowsFn scores_of(int rows) {
-  if (rows == MR) return &scores_rows<Op, Ask, MR>;
-  if constexpr (MR < 6) return scores_of<Op, Ask, MR + 1>(rows);
-  return nullptr;
-}
-
-template <class Op, bool Ask, int MR = 1>
-RowsFn values_of(int rows) {
-  if (rows == MR) return &values_rows<Op, Ask, MR>;
-  if constexpr (MR < 6) return values_of<Op, Ask, MR + 1>(rows);
-  return nullptr;
-}
-
 // What a thread attends next, of the same sequence.
 struct Next {
   int head, span;
 };
-
-// What is asked for while tile `t` is multiplied: a tile a few further on, at last one of those that come next.
-inline const char* tile_after(int t, int num_tiles, const char* const* tiles, const char* const* soon) {
-  constexpr int AHEAD = 4;
-  const int beyond = t + AHEAD - num_tiles;
-  return beyond < 0 ? tiles[t + AHEAD] : soon[std::min(beyond, num_tiles - 1)];
-}
-
-// As `scores_rows`, on the processor's tiles: four of KV side by side, the last of them again where there are fewer.
-template <bool Ask>
-void tiled_scores(const char* q, size_t q_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int steps,
-                  float* out) {
-  const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
-  settle();
-  for (int r = 0; r < rows; r += TILE_ROWS)
-    for (int t = 0; t < num_tiles; t += 4) {
-      const char* k[4];
-      for (int i = 0; i < 4; ++i) k[i] = tiles[std::min(t + i, num_tiles - 1)];
-      zero_sums();
-      for (int s = 0; s < steps; s += TILE_STEPS) {
-        const size_t at = (size_t)s * 64;
-        _tile_loadd(4, q + r * q_bytes + (size_t)s * 4, q_bytes);
-        _tile_loadd(6, k[0] + at, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(6, k[1] + at, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(6, k[2] + at, 64);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(6, k[3] + at, 64);
-        _tile_dpbf16ps(3, 4, 6);
-        if (Ask && r == 0)
-          for (int i = 0; i < 4 && t + i < num_tiles; ++i) ask<TILE_STEPS>(after(t + i) + at);
-      }
-      float* to = out + r * SPAN + t * 16;
-      _tile_stored(0, to, SPAN * 4);
-      _tile_stored(1, to + 16, SPAN * 4);
-      _tile_stored(2, to + 32, SPAN * 4);
-      _tile_stored(3, to + 48, SPAN * 4);
-    }
-}
-
-// As `values_rows`, on the processor's tiles: 64 dimensions at a time, or 32.
-template <bool Ask>
-void tiled_values(const char* p, size_t p_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
-                  float* out) {
-  const size_t ld = (size_t)head_dim * 4;
-  const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
-  settle();
-  for (int r = 0; r < rows; r += TILE_ROWS)
-    for (int d = 0; d < head_dim; d += 64) {
-      const bool wide = d + 64 <= head_dim;
-      zero_sums();
-      for (int t = 0; t < num_tiles; ++t) {
-        const char* v = tiles[t] + (size_t)d * 4;
-        _tile_loadd(5, p + r * p_bytes + (size_t)t * 32, p_bytes);
-        _tile_loadd(7, v, ld);
-        _tile_dpbf16ps(0, 5, 7);
-        _tile_loadd(7, v + 64, ld);
-        _tile_dpbf16ps(1, 5, 7);
-        if (wide) {
-          _tile_loadd(7, v + 128, ld);
-          _tile_dpbf16ps(2, 5, 7);
-          _tile_loadd(7, v + 192, ld);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        if (Ask && r == 0) {
-          const char* at = after(t) + (size_t)d * 32;
-          wide ? ask<32>(at) : ask<16>(at);
-        }
-      }
-      float* to = out + (size_t)r * head_dim + d;
-      _tile_stored(0, to, ld);
-      _tile_stored(1, to + 16, ld);
-      if (wide) {
-        _tile_stored(2, to + 32, ld);
-        _tile_stored(3, to + 48, ld);
-      }
-    }
-}
-
-// Whatever the number of queries: scores [rows][SPAN] of queries [rows][D], and sums [rows][D] of values. On tiles, both factors and
-// results have room for a multiple of 16 rows.
-template <class Op, bool Ask>
-void score(const char* q, size_t q_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int steps, float* out) {
-  if constexpr (TILED<Op>) {
-    tiled_scores<Ask>(q, q_bytes, rows, tiles, soon, num_tiles, steps, out);
-  } else {
-    const int parts = (rows + 5) / 6;
-    for (int i = 0; i < parts; ++i) {
-      const int from = rows * i / parts, to = rows * (i + 1) / parts;
-      const RowsFn some = Ask && i == 0 ? scores_of<Op, true>(to - from) : scores_of<Op, false>(to - from);
-      some(q + from * q_bytes, q_bytes, tiles, soon, num_tiles, steps, out + from * SPAN);
-    }
-  }
-}
-
-template <class Op, bool Ask>
-void weigh(const char* p, size_t p_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
-           float* out) {
-  if constexpr (TILED<Op>) {
-    tiled_values<Ask>(p, p_bytes, rows, tiles, soon, num_tiles, head_dim, out);
-  } else {
-    const int parts = (rows + 5) / 6;
-    for (int i = 0; i < parts; ++i) {
-      const int from = rows * i / parts, to = rows * (i + 1) / parts;
-      const RowsFn some = Ask && i == 0 ? values_of<Op, true>(to - from) : values_of<Op, false>(to - from);
-      some(p + from * p_bytes, p_bytes, tiles, soon, num_tiles, head_dim, out + (size_t)from * head_dim);
-    }
-  }
-}
 
 // What a thread attends with.
 struct Scratch {
@@ -371,36 +141,6 @@ inline void merge(Partial& all, const Partial& span, int head_dim) {
   for (int d = 0; d < head_dim; d += 16) {
     const __m512 before = _mm512_mul_ps(_mm512_loadu_ps(all.sum + d), k);
     _mm512_storeu_ps(all.sum + d, _mm512_fmadd_ps(_mm512_loadu_ps(span.sum + d), a, before));
-  }
-}
-
-// One token's keys or values, float32, into their lanes.
-template <class Op>
-void store_key(char* tile, int lane, const float* key, int head_dim) {
-  if constexpr (Op::VALUES == 2) {
-    char* to = tile + lane * 4;
-    for (int d = 0; d < head_dim; d += 16) {
-      alignas(32) int32_t pairs[8];
-      _mm256_store_si256((__m256i*)pairs, to_bf16_ps(_mm512_loadu_ps(key + d)));
-      for (int i = 0; i < 8; ++i, to += 64) std::memcpy(to, pairs + i, 4);
-    }
-  } else {
-    float* to = (float*)tile;
-    for (int d = 0; d < head_dim; ++d) to[d * 16 + lane] = key[d];
-  }
-}
-
-template <class Op>
-void store_value(char* tile, int lane, const float* value, int head_dim) {
-  if constexpr (Op::VALUES == 2) {
-    uint16_t* to = (uint16_t*)tile + (size_t)(lane / 2) * head_dim * 2 + lane % 2;
-    for (int d = 0; d < head_dim; d += 16, to += 32) {
-      alignas(32) uint16_t rounded[16];
-      _mm256_store_si256((__m256i*)rounded, to_bf16_ps(_mm512_loadu_ps(value + d)));
-      for (int i = 0; i < 16; ++i) to[i * 2] = rounded[i];
-    }
-  } else {
-    std::memcpy((float*)tile + (size_t)lane * head_dim, value, (size_t)head_dim * 4);
   }
 }
 
