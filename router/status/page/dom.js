@@ -34,11 +34,12 @@ export function setAttribute(element, name, value) {
 }
 
 /**
- * Makes the children of `parent` those of `items`, in order. Who has a key keeps its element, and with it the focus; `make(item)` makes
- * one, `update(element, item)` writes into it.
+ * Makes the children of `parent` those of `items`, in order. Who has a key keeps its element, and with it the focus, wherever it goes;
+ * `make(item)` makes one, `update(element, item)` writes into it.
  */
 export function reconcile(parent, items, { key, make, update }) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const focused = document.activeElement;
   let next = parent.firstElementChild;
   for (const item of items) {
     const name = key(item);
@@ -53,4 +54,6 @@ export function reconcile(parent, items, { key, make, update }) {
     else parent.insertBefore(element, next);
   }
   for (const gone of known.values()) gone.remove();
+  // What is moved loses it.
+  if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
 }

@@ -58,6 +58,7 @@ export function drawRequests(status) {
   const recent = ended.filter((request) => request.received_unix_s + request.age_s >= beginS);
   const rows = [...live].reverse().slice(0, MOST_ROWS);
   rows.push(...recent.slice(0, MOST_ROWS - rows.length));
+  keepFocused(rows, [...live, ...recent]);
   setText(byId("requests-summary"), `${count(running)} running, ${count(queued)} queued`);
   const body = byId("requests-body");
   if (!rows.length) {
@@ -75,6 +76,14 @@ export function drawRequests(status) {
   setText(body.querySelector(".more"), hidden > 0 ? `and ${plural(hidden, "more request")}` : "");
   keepOneStop(body);
   refresh(rows);
+}
+
+// Nobody loses the request that they read, as long as it is known.
+function keepFocused(rows, all) {
+  const key = document.activeElement.closest?.(".row")?.dataset.key;
+  if (!key || rows.some((request) => keyOf(request) === key)) return;
+  const read = all.find((request) => keyOf(request) === key);
+  if (read) rows[rows.length - 1] = read;
 }
 
 const keyOf = (request) => `${request.tenant}/${request.request_id}/${request.received_unix_s.toFixed(1)}`;
