@@ -178,5 +178,6 @@ def _failure(error: BatonError | None, label: str) -> str:
     if error is None:
         # The exception's own text may quote the request.
         return "a bug" if label == "internal" else ""
-    peaceful = isinstance(error, CancelledError | DrainingError)
+    # A worker whose peer heard first that the attempt is over has not failed either.
+    peaceful = isinstance(error, DrainingError) or error.reason in ENDED
     return "" if peaceful else f"{error.reason}: {error.message}"

@@ -60,7 +60,7 @@ async def test_a_reader_that_falls_behind_gets_its_tokens_in_larger_messages() -
 
 async def test_a_preempted_request_ends_with_the_same_tokens_and_says_so() -> None:
     """Running out of blocks costs time, never a token."""
-    tight = replace(SIM, num_blocks=10, prefix_cache=False)
+    tight = replace(SIM, num_blocks=10, prefix_cache=False, step_s=0.005)
     async with worker_pair() as rig:
         jobs = [sequence(40, max_tokens=60, start=i) for i in range(3)]
         wanted = [await rig.generate_locally(key(f"w{i}"), job) for i, job in enumerate(jobs)]
