@@ -128,6 +128,27 @@ def test_everything_is_within_reach_of_the_keyboard(busy: Watched, fresh: OpenPa
     expect(page.locator("#details")).to_be_hidden()
 
 
+def test_the_focus_goes_with_the_row_that_has_it(busy: Watched, fresh: OpenPage) -> None:
+    """Promise: wherever new data puts a row, the keyboard stays on it."""
+    page = open_page(fresh(busy.url), busy)
+    focused = page.evaluate(
+        """async (url) => {
+          const { reconcile } = await import(url);
+          const parent = document.body.appendChild(document.createElement("div"));
+          const make = () => document.createElement("button");
+          const draw = (names) => reconcile(parent, names, { key: (name) => name, make, update: () => {} });
+          draw(["a", "b", "c"]);
+          parent.children[1].focus();
+          return [["b", "a", "c"], ["a", "c", "b"], ["d", "b"], ["c"]].map((names) => {
+            draw(names);
+            return document.activeElement.dataset.key ?? "";
+          });
+        }""",
+        f"{busy.url}/page/dom.js",
+    )
+    assert focused == ["b", "b", "b", ""]
+
+
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_narrow_screens_need_no_scrolling_sideways(
     busy: Watched, fresh: OpenPage, width: int
