@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from baton.client.recovery import Recovery, Routers, Services, split_targets
+from baton.client.recovery import Recovery, Routers, Services, call_error, split_targets
 from baton.client.sessions import AsyncSessions
 from baton.client.tracing import active_trace
 from baton.client.types import (
@@ -31,7 +31,6 @@ from baton.client.wire import (
     model_info,
     new_request_id,
 )
-from baton.service.status import error_from_rpc
 from baton.v1 import inference_pb2 as pb
 
 
@@ -67,10 +66,12 @@ class AsyncStream:
                         yield chunk
             except grpc.RpcError as error:
                 retry = self._recovery.after(error, time.monotonic())
-                if retry is None or self._closed:
-                    raise error_from_rpc(error) from error
+                if retry is not None:
+                    await asyncio.sleep(retry.pause_s)
+                closed = self._closed or self._routers.closed
+                if retry is None or closed:
+                    raise call_error(error, closed=closed) from error
                 retry.tell(self.request_id)
-                await asyncio.sleep(retry.pause_s)
                 if retry.elsewhere:
                     self._routers.move_on(self._router)
                 self._call = self._start(retry.message)
@@ -253,6 +254,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what runs. Idempotent."""
+        self._routers.closed = True
         for channel in self._channels:
             await channel.close(grace=None)
 

@@ -21,6 +21,7 @@ from baton.client.wire import Collector
 from baton.errors import (
     AlreadyExistsError,
     BatonError,
+    CancelledError,
     DrainingError,
     NotFoundError,
     SessionBusyError,
@@ -41,6 +42,7 @@ UNACCEPTED_S = 3.0
 _log = logging.getLogger(__name__)
 _LOST = {
     grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 }
@@ -70,6 +72,8 @@ class Routers:
         self._index = 0
         self.metadata = metadata
         """Goes with every call."""
+        self.closed = False
+        """By the client: no call can be made any more."""
 
     @property
     def current(self) -> Services:
@@ -85,6 +89,14 @@ class Routers:
         index = self._index
         if self._services[index] is lost:
             self._index = (index + 1) % len(self._services)
+
+
+def call_error(error: grpc.RpcError, *, closed: bool) -> BatonError:
+    """Why a call ended. gRPC says "cancelled" of one that this end `closed`, and of one that a router let go of as it stopped."""
+    typed = error_from_rpc(error)
+    if isinstance(typed, CancelledError) and not closed and not said_by_peer(error):
+        return UnavailableError("the router let go of the call")
+    return typed
 
 
 def split_targets(address: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Self
 
 import grpc
 
-from baton.client.recovery import Recovery, Routers, Services, split_targets
+from baton.client.recovery import Recovery, Routers, Services, call_error, split_targets
 from baton.client.sessions import Sessions
 from baton.client.tracing import active_trace
 from baton.client.types import (
@@ -32,7 +32,6 @@ from baton.client.wire import (
     model_info,
     new_request_id,
 )
-from baton.service.status import error_from_rpc
 from baton.v1 import inference_pb2 as pb
 
 
@@ -68,8 +67,9 @@ class Stream:
                         yield chunk
             except grpc.RpcError as error:
                 retry = self._recovery.after(error, time.monotonic())
-                if retry is None or self._closed.wait(retry.pause_s):
-                    raise error_from_rpc(error) from error
+                if retry is None or self._closed.wait(retry.pause_s) or self._routers.closed:
+                    closed = self._closed.is_set() or self._routers.closed
+                    raise call_error(error, closed=closed) from error
                 retry.tell(self.request_id)
                 if retry.elsewhere:
                     self._routers.move_on(self._router)
@@ -237,6 +237,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels what runs. Idempotent."""
+        self._routers.closed = True
         for channel in self._channels:
             channel.close()
 

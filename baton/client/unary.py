@@ -1,4 +1,5 @@
-"""A call that is no stream: made at the router in use and, where that one is lost or drains, at the next, once at each.
+"""A call that is no stream: made at the router in use and, where that one is lost or drains, at the next, once at each. A lone one is
+tried again: behind one name there may be several.
 
 A call whose answer was lost may have been carried out: a session may have been created that nobody knows, or closed.
 """
@@ -11,9 +12,9 @@ from typing import Any
 
 import grpc
 
-from baton.client.recovery import Routers, Services
+from baton.client.recovery import Routers, Services, call_error
 from baton.errors import CancelledError, DrainingError, UnavailableError
-from baton.service.status import error_from_rpc, said_by_peer
+from baton.service.status import said_by_peer
 
 Pick = Callable[[Services], Any]
 """The method to call; the stubs are not typed, and nor is what it returns."""
@@ -61,7 +62,8 @@ class _Tries:
 
     def __init__(self, routers: Routers, timeout_s: float | None) -> None:
         self._routers = routers
-        self.router, *self._others = routers.each()
+        self.router, *others = routers.each()
+        self._others = others or [self.router]
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
 
     def left_s(self) -> float | None:
@@ -69,7 +71,7 @@ class _Tries:
 
     def failed(self, error: grpc.RpcError) -> None:
         """Returns where there is another router to try; raises where the error stands."""
-        typed = error_from_rpc(error)
+        typed = call_error(error, closed=self._routers.closed)
         # Of itself, a router says so by draining only: what else is unavailable is so at all of them.
         lost = isinstance(typed, DrainingError if said_by_peer(error) else UnavailableError)
         if not lost or not self._others:

@@ -27,6 +27,7 @@ from baton.client.types import (
 from baton.codec import chunk_from_proto, finish_reason_from_proto, worker_info_from_proto
 from baton.errors import FieldViolation, InternalError, InvalidRequestError
 from baton.service.access import HEADER
+from baton.service.channel import NO_RETRIES
 from baton.service.tls import TlsFiles, channel_credentials
 from baton.types import PositionLogprobs, TokenChunk
 from baton.v1 import common_pb2
@@ -41,6 +42,7 @@ def channel_options(options: ConnectionOptions) -> list[tuple[str, int]]:
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1000),
+        NO_RETRIES,
     ]
     if options.keepalive_s is not None:
         chosen.append(("grpc.keepalive_time_ms", round(options.keepalive_s * 1000)))

@@ -15,6 +15,11 @@ from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.settings import ServerSettings
 from baton.service.tls import ChannelCertificates, TlsFiles
 
+NO_RETRIES = ("grpc.enable_retries", 0)
+"""For every channel. gRPC 1.85 sends a call again, of itself, where the server was gone before it saw it; some of these calls then never
+end, nor fail. Whoever makes a call here tries again by its own rules.
+"""
+
 
 def open_channel(
     target: str, settings: ServerSettings, *, server_name: str = ""
@@ -77,6 +82,7 @@ def channel_options(
         ("grpc.max_reconnect_backoff_ms", 1000),
         # One connection per channel: a dead one is not shared with a fresh channel.
         ("grpc.use_local_subchannel_pool", 1),
+        NO_RETRIES,
     ]
 
 

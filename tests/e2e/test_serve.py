@@ -86,6 +86,7 @@ def test_a_second_signal_stops_at_once(serve: Serve) -> None:
     reader.start()
     assert began.wait(20)
     served.process.send_signal(signal.SIGINT)
+    until(lambda: "draining" in served.output(), 5, "the first one is heeded")
     served.process.send_signal(signal.SIGINT)
     served.process.wait(15)
     reader.join(15)

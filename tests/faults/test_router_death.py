@@ -69,14 +69,20 @@ async def test_another_router_goes_on_where_a_killed_one_broke_off(
             routers.reverse()
 
 
-async def test_the_same_router_goes_on_once_it_is_back() -> None:
+@pytest.mark.parametrize("how", ["killed", "stopped at once"])
+async def test_the_same_router_goes_on_once_it_is_back(how: str) -> None:
     """Promise: with one router, the stream continues when it has come back."""
     async with fleet(routers=1) as ([router], workers), AsyncClient(router.address) as client:
         sampling = SAMPLING["seeded, with logprobs"]
         undisturbed = await client.complete(PROMPT, sampling=sampling)
 
         def restart() -> None:
-            router.end()
+            if how == "killed":
+                router.end()
+            else:
+                router.signal(signal.SIGINT)
+                router.signal(signal.SIGTERM)
+                router.wait()
             router.start()
 
         for at in (1, 15, TOKENS - 1):

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import grpc
@@ -46,6 +46,8 @@ class ScriptedRouter(InferenceServiceServicer):
     seen: list[pb.GenerateRequest] = field(default_factory=list)
     refuses: UnavailableError | None = None
     """What every call but Generate gets."""
+    refusals: int = 9
+    """So often; the calls after these are answered."""
     asked: int = 0
 
     def Generate(  # noqa: N802
@@ -67,7 +69,8 @@ class ScriptedRouter(InferenceServiceServicer):
                 if self.ended.wait(0.01):
                     return
                 if self.cancelled[request.request_id].is_set():
-                    context.abort(grpc.StatusCode.CANCELLED, "by id")
+                    status = rpc_status.to_status(to_status(CancelledError("by id")))
+                    context.abort_with_status(status)
         yield _chunk(" world", 1, 2, 3)
         if request.text != "truncated":
             yield pb.GenerateResponse(
@@ -95,7 +98,8 @@ class ScriptedRouter(InferenceServiceServicer):
 
     def _ask(self, context: Context) -> None:
         self.asked += 1
-        if self.refuses is not None:
+        if self.refuses is not None and self.refusals:
+            self.refusals -= 1
             context.abort_with_status(rpc_status.to_status(to_status(self.refuses)))
 
 
@@ -252,6 +256,22 @@ async def test_closing_is_no_task_cancellation(
         await asyncio.wait_for(reading, 5)
 
 
+@pytest.mark.parametrize("what", ["stream", "client"])
+def test_closing_from_another_thread_ends_the_stream(
+    client: Client, router: ScriptedRouter, what: str
+) -> None:
+    """Promise: whoever reads is told at once that this end closed it, and it is asked for nowhere else."""
+    stream = client.generate("wait")
+    chunks = iter(stream)
+    next(chunks)
+    closing = threading.Timer(0.1, stream.close if what == "stream" else client.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        next(chunks)
+    closing.join()
+    assert len(router.seen) == 1
+
+
 def test_cancelling_an_unknown_request_is_not_found(client: Client) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.cancel("nobody")
@@ -341,6 +361,21 @@ async def test_a_call_goes_on_at_the_next_router_where_one_is_lost_or_drains(
         with Client(f"{draining},{gone}") as client, pytest.raises(UnavailableError):
             client.model()
         assert leaving.asked == 3
+
+
+@pytest.mark.parametrize("moves", [False, True])
+async def test_a_lone_router_is_asked_twice(moves: bool) -> None:  # noqa: FBT001 - a case
+    """Promise: where one of those behind a name stops, the next one answers; and where all of them do, the caller hears that."""
+    leaving = ScriptedRouter(refuses=DrainingError("about to stop"), refusals=1 if moves else 9)
+    with serve(leaving) as address, Client(address) as client:
+        with nullcontext() if moves else pytest.raises(DrainingError):
+            client.model()
+        assert leaving.asked == 2
+        leaving.refusals = 1 if moves else 9
+        async with AsyncClient(address) as async_client:
+            with nullcontext() if moves else pytest.raises(DrainingError):
+                await async_client.model()
+        assert leaving.asked == 4
 
 
 def test_what_a_router_says_is_unavailable_is_asked_for_nowhere_else(

@@ -6,10 +6,16 @@ import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
 
-from baton.client.recovery import TOLD_AFTER_S, Recovery
+from baton.client.recovery import TOLD_AFTER_S, Recovery, call_error
 from baton.client.wire import Collector
 from baton.codec import chunk_to_proto
-from baton.errors import BatonError, DrainingError, NotFoundError, UnavailableError
+from baton.errors import (
+    BatonError,
+    CancelledError,
+    DrainingError,
+    NotFoundError,
+    UnavailableError,
+)
 from baton.service.status import DETAILS_KEY, code_of, to_status
 from baton.types import TokenChunk
 from baton.v1 import inference_pb2 as pb
@@ -18,6 +24,8 @@ RECONNECT_S = 15.0
 WAIT_S = 10.0
 """How long the router looks for a worker before it says that there is none."""
 CUT = AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "connection reset", "")
+LET_GO = AioRpcError(grpc.StatusCode.CANCELLED, Metadata(), Metadata(), "CANCELLED", "")
+"""What gRPC makes of the calls of a server that stops at once."""
 NO_WORKER = UnavailableError("no worker")
 
 
@@ -85,7 +93,7 @@ def test_each_new_token_buys_all_the_patience_again() -> None:
     assert asked_again(stream, 1) == 2
 
 
-@pytest.mark.parametrize("loss", [CUT, said(DrainingError("stops"))])
+@pytest.mark.parametrize("loss", [CUT, LET_GO, said(DrainingError("stops"))])
 def test_a_router_that_accepts_makes_up_for_those_that_were_lost(loss: AioRpcError) -> None:
     """Promise: a prompt that computes for long outlives any number of routers, one after the other."""
     stream = Stream()
@@ -93,6 +101,17 @@ def test_a_router_that_accepts_makes_up_for_those_that_were_lost(loss: AioRpcErr
         stream.accepted()
         stream.now_s += WAIT_S
         assert isinstance(stream.broke(loss), pb.AttachRequest)
+
+
+def test_only_who_cancelled_is_told_so() -> None:
+    """Promise: a router that stops is unavailable; a request that someone cancelled by id is cancelled, and stays so."""
+    assert type(call_error(LET_GO, closed=False)) is UnavailableError
+    assert type(call_error(LET_GO, closed=True)) is CancelledError
+    by_id = said(CancelledError("by id"))
+    assert type(call_error(by_id, closed=False)) is CancelledError
+    stream = Stream()
+    stream.accepted()
+    assert stream.broke(by_id) is None
 
 
 def test_routers_that_are_gone_are_tried_for_as_long_as_was_asked() -> None:
