@@ -118,6 +118,7 @@ class Soak:
             ("SIGTERM prefill", lambda: self._retire(Role.PREFILL)),
             ("SIGTERM decode", lambda: self._retire(Role.DECODE)),
             ("SIGTERM router", lambda: self._end_router(signal.SIGTERM)),
+            ("SIGINT, SIGTERM router", lambda: self._end_router(signal.SIGINT, signal.SIGTERM)),
             ("SIGSTOP prefill", lambda: self._stop(Role.PREFILL)),
             ("SIGSTOP decode", lambda: self._stop(Role.DECODE)),
             ("SIGSTOP router", self._stop_router),
@@ -172,9 +173,11 @@ class Soak:
         link.heal()
         await self._fleet.joined(worker)
 
-    async def _end_router(self, number: signal.Signals) -> None:
+    async def _end_router(self, *numbers: signal.Signals) -> None:
+        """Drains at the first signal, stops at once at the second."""
         router = self._rng.choice(self._fleet.routers)
-        router.signal(number)
+        for number in numbers:
+            router.signal(number)
         await asyncio.to_thread(router.wait)
         await asyncio.to_thread(router.start)
         await self._whole()

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
 from baton.v1 import inference_pb2
-from tests.integration.sim_house import LENGTH, House, house
+from tests.integration.sim_house import LENGTH, SIM, House, house
 
 
 async def completions(here: House, number: int, **changes: object) -> dict[int, list[int]]:
@@ -39,8 +40,9 @@ async def test_completions_differ_and_the_first_is_the_one_that_is_made_alone() 
 
 @pytest.mark.parametrize("salt", ["", "ours"])
 async def test_the_prompt_is_computed_and_shipped_once(salt: str) -> None:
-    """Promise: the other completions find the prompt in the prefix cache of the decode worker that has it."""
-    async with house(prefill=1, decode=2) as here:
+    """Promise: where a prompt is dear, the other completions find it in the prefix cache of the decode worker that has it."""
+    dear = replace(SIM, token_s=0.002)
+    async with house(prefill=1, decode=2, sim=dear) as here:
         responses = [response async for response in here.call(5, n=4, cache_salt=salt)]
         first, *others = responses[-1].finished.attempts
     assert first.prefill_worker
