@@ -165,9 +165,10 @@ async def test_a_rolling_restart_under_load_loses_and_changes_nothing(
                     await command.joined(addresses)
     attempts = [each for result in load.results for each in result.attempts]
     assert {a.failure.partition(":")[0] for a in attempts} == {"", "DRAINING"}
-    moved = [result for result in load.results if len(result.attempts) > 1]
+    # Whoever came when the worker was about to leave had nothing there yet.
+    moved = [result for result in load.results if any(a.resumed_tokens for a in result.attempts)]
     assert moved, "requests ran on the decode worker that left"
     for result in moved:
-        assert [each.prefill_worker for each in result.attempts[1:]] == [""]
+        assert [each.prefill_worker for each in result.attempts[1:]] == [""], result.attempts
         assert result.timings.handoff_bytes > 0, "the KV came over"
     print(f"{len(load.results)} requests, {len(moved)} moved, {max(load.gaps_s)=:.2f}")  # noqa: T201
