@@ -34,9 +34,72 @@ struct Scratch {
   alignas(64) char weights[AT_ONCE * SPAN * 4];
 };
 
-// The weights of a query's scores, of which columns [low, high) are seen; and their greatest score and sum.
+// Queries whose softmax is made side by side: one alone waits for its own results half of the time.
+constexpr int PAIR = 2;
+
+// Raises `best` to the scores of tiles [begin, end), for `N` queries.
+template <int N>
+inline void raise(const float* scores, int begin, int end, __m512* best) {
+  const auto score = [&](int i, int t) { return _mm512_loadu_ps(scores + i * SPAN + t * TOKENS); };
+  __m512 too[N];
+  for (int i = 0; i < N; ++i) too[i] = best[i];
+  int t = begin;
+  for (; t + 2 <= end; t += 2)
+    for (int i = 0; i < N; ++i) {
+      best[i] = _mm512_max_ps(best[i], score(i, t));
+      too[i] = _mm512_max_ps(too[i], score(i, t + 1));
+    }
+  for (int i = 0; i < N; ++i) best[i] = _mm512_max_ps(t < end ? _mm512_max_ps(best[i], score(i, t)) : best[i], too[i]);
+}
+
 template <class Op>
-void soften(const float* scores, char* weights, float scale, int low, int high, int num_tiles, float& most, float& total) {
+inline __m512 put(char* weights, int t, __m512 p) {
+  if constexpr (Op::VALUES == 2) {
+    _mm256_storeu_si256((__m256i*)(weights + t * 32), to_bf16_ps(p));
+  } else {
+    _mm512_storeu_ps((float*)(weights + t * 64), p);
+  }
+  return p;
+}
+
+template <class Op>
+inline __m512 weight_of(const float* scores, int t, __m512 scale, __m512 most) {
+  return exp2_ps<Op::VALUES == 1>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t * TOKENS), scale, most));
+}
+
+// The weights of tiles [begin, end), for `N` queries, and their sums, which depend on neither `N` nor the query's place.
+template <class Op, int N>
+inline void put_weights(const float* scores, char* weights, __m512 scale, int begin, int end, const __m512* most, __m512* sum) {
+  constexpr size_t P_BYTES = (size_t)SPAN * 4 / Op::VALUES;
+  const auto made = [&](int i, int t) { return put<Op>(weights + i * P_BYTES, t, weight_of<Op>(scores + i * SPAN, t, scale, most[i])); };
+  __m512 too[N];
+  for (int i = 0; i < N; ++i) sum[i] = too[i] = _mm512_setzero_ps();
+  int t = begin;
+  for (; t + 2 <= end; t += 2)
+    for (int i = 0; i < N; ++i) {
+      sum[i] = _mm512_add_ps(sum[i], made(i, t));
+      too[i] = _mm512_add_ps(too[i], made(i, t + 1));
+    }
+  for (int i = 0; i < N; ++i) sum[i] = _mm512_add_ps(t < end ? _mm512_add_ps(sum[i], made(i, t)) : sum[i], too[i]);
+}
+
+// The weights of the scores of `N` queries that see all tiles; their greatest scores and sums.
+template <class Op, int N>
+void soften_whole(const float* scores, char* weights, float scale, int num_tiles, float* most, float* total) {
+  __m512 best[N], sum[N];
+  for (int i = 0; i < N; ++i) best[i] = _mm512_set1_ps(-INFINITY);
+  raise<N>(scores, 0, num_tiles, best);
+  for (int i = 0; i < N; ++i) {
+    most[i] = _mm512_reduce_max_ps(best[i]) * scale;
+    best[i] = _mm512_set1_ps(most[i]);
+  }
+  put_weights<Op, N>(scores, weights, _mm512_set1_ps(scale), 0, num_tiles, best, sum);
+  for (int i = 0; i < N; ++i) total[i] = _mm512_reduce_add_ps(sum[i]);
+}
+
+// The same of a query that sees columns [low, high).
+template <class Op>
+void soften(const float* scores, char* weights, float scale, int low, int high, int num_tiles, float* most, float* total) {
   const int begin = std::min(low / TOKENS, num_tiles), end = std::max(begin, (std::max(high, 0) + TOKENS - 1) / TOKENS);
   // Tiles at the edges are seen in part, tiles [whole, part) in between wholly.
   const int whole = std::min((low + TOKENS - 1) / TOKENS, end), part = std::max(whole, std::max(high, 0) / TOKENS);
@@ -45,37 +108,19 @@ void soften(const float* scores, char* weights, float scale, int low, int high, 
     for (int t = begin; t < whole; ++t) body(t, seen(t));
     for (int t = part; t < end; ++t) body(t, seen(t));
   };
-  const auto score = [&](int t) { return _mm512_loadu_ps(scores + t * TOKENS); };
-  const auto put = [&](int t, __m512 p) {
-    if constexpr (Op::VALUES == 2) {
-      _mm256_storeu_si256((__m256i*)(weights + t * 32), to_bf16_ps(p));
-    } else {
-      _mm512_storeu_ps((float*)(weights + t * 64), p);
-    }
-    return p;
-  };
-  // Two chains of each: one would wait for itself.
-  __m512 best = _mm512_set1_ps(-INFINITY), best_too = best;
-  at_edges([&](int t, __mmask16 seen) { best = _mm512_mask_max_ps(best, seen, best, score(t)); });
-  int t = whole;
-  for (; t + 2 <= part; t += 2) {
-    best = _mm512_max_ps(best, score(t));
-    best_too = _mm512_max_ps(best_too, score(t + 1));
-  }
-  if (t < part) best = _mm512_max_ps(best, score(t));
-  most = _mm512_reduce_max_ps(_mm512_max_ps(best, best_too)) * scale;
-  const __m512 peak = _mm512_set1_ps(most), by = _mm512_set1_ps(scale), none = _mm512_setzero_ps();
-  const auto weight = [&](int t) { return exp2_ps<Op::VALUES == 1>(_mm512_fmsub_ps(score(t), by, peak)); };
-  __m512 sum = none, sum_too = none;
-  for (t = whole; t + 2 <= part; t += 2) {
-    sum = _mm512_add_ps(sum, put(t, weight(t)));
-    sum_too = _mm512_add_ps(sum_too, put(t + 1, weight(t + 1)));
-  }
-  if (t < part) sum = _mm512_add_ps(sum, put(t, weight(t)));
-  at_edges([&](int t, __mmask16 seen) { sum = _mm512_add_ps(sum, put(t, _mm512_maskz_mov_ps(seen, weight(t)))); });
-  for (t = 0; t < begin; ++t) put(t, none);
-  for (t = end; t < num_tiles; ++t) put(t, none);
-  total = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum_too));
+  __m512 best = _mm512_set1_ps(-INFINITY), sum;
+  at_edges([&](int t, __mmask16 seen) { best = _mm512_mask_max_ps(best, seen, best, _mm512_loadu_ps(scores + t * TOKENS)); });
+  raise<1>(scores, whole, part, &best);
+  *most = _mm512_reduce_max_ps(best) * scale;
+  const __m512 by = _mm512_set1_ps(scale), peak = _mm512_set1_ps(*most);
+  put_weights<Op, 1>(scores, weights, by, whole, part, &peak, &sum);
+  at_edges([&](int t, __mmask16 seen) {
+    sum = _mm512_add_ps(sum, put<Op>(weights, t, _mm512_maskz_mov_ps(seen, weight_of<Op>(scores, t, by, peak))));
+  });
+  const __m512 none = _mm512_setzero_ps();
+  for (int t = 0; t < begin; ++t) put<Op>(weights, t, none);
+  for (int t = end; t < num_tiles; ++t) put<Op>(weights, t, none);
+  *total = _mm512_reduce_add_ps(sum);
 }
 
 // Queries of one KV head: `rows` of them, packed [rows][D]; query i stands at position `position(i)` and sees `window` tokens up to
@@ -113,14 +158,17 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
     } else {
       score<Op, false>(q, q_bytes, count, keys, values, num_tiles, steps, scratch.scores);
     }
-    for (int r = 0; r < count; ++r) {
-      const int at = position(from + r);
-      // Columns [low, high) are seen.
-      const int high = std::min(at + 1 - first, num_tiles * TOKENS);
-      const int low = window > 0 ? std::max(0, at + 1 - window - first) : 0;
-      soften<Op>(scratch.scores + r * SPAN, scratch.weights + r * P_BYTES, scale * LOG2_E, low, high, num_tiles, most[from + r],
-                 total[from + r]);
-    }
+    const auto low = [&](int r) { return window > 0 ? std::max(0, position(from + r) + 1 - window - first) : 0; };
+    const auto high = [&](int r) { return std::min(position(from + r) + 1 - first, num_tiles * TOKENS); };
+    // The first of them sees the least at the end, the last one at the beginning.
+    const bool whole = high(0) == num_tiles * TOKENS && low(count - 1) == 0;
+    int r = 0;
+    for (; whole && r + PAIR <= count; r += PAIR)
+      soften_whole<Op, PAIR>(scratch.scores + r * SPAN, scratch.weights + r * P_BYTES, scale * LOG2_E, num_tiles, most + from + r,
+                             total + from + r);
+    for (; r < count; ++r)
+      soften<Op>(scratch.scores + r * SPAN, scratch.weights + r * P_BYTES, scale * LOG2_E, low(r), high(r), num_tiles, most + from + r,
+                 total + from + r);
     if (ask) {
       weigh<Op, true>(scratch.weights, P_BYTES, count, values, next_keys, num_tiles, shape.head_dim, out);
     } else {

@@ -103,13 +103,42 @@ inline const char* tile_after(int t, int num_tiles, const char* const* tiles, co
   return beyond < 0 ? tiles[t + AHEAD] : soon[std::min(beyond, num_tiles - 1)];
 }
 
-// As `scores_rows`, on the processor's tiles: four of KV side by side, the last of them again where there are fewer.
+// As `scores_rows`, on the processor's tiles: 32 queries with two of KV side by side, else 16 with four, the last of them again where
+// there are fewer.
 template <bool Ask>
 void tiled_scores(const char* q, size_t q_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int steps,
                   float* out) {
   const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
   settle();
-  for (int r = 0; r < rows; r += TILE_ROWS)
+  int done = 0;
+  for (; done + TILE_ROWS < rows; done += 2 * TILE_ROWS)
+    for (int t = 0; t < num_tiles; t += 2) {
+      const char* k0 = tiles[t];
+      const char* k1 = tiles[std::min(t + 1, num_tiles - 1)];
+      const char* q0 = q + done * q_bytes;
+      const char* q1 = q0 + TILE_ROWS * q_bytes;
+      zero_sums();
+      for (int s = 0; s < steps; s += TILE_STEPS) {
+        const size_t at = (size_t)s * 64, from = (size_t)s * 4;
+        _tile_loadd(6, k0 + at, 64);
+        _tile_loadd(4, q0 + from, q_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(4, q1 + from, q_bytes);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(6, k1 + at, 64);
+        _tile_dpbf16ps(3, 4, 6);
+        _tile_loadd(4, q0 + from, q_bytes);
+        _tile_dpbf16ps(1, 4, 6);
+        if (Ask && done == 0)
+          for (int i = 0; i < 2 && t + i < num_tiles; ++i) ask<TILE_STEPS>(after(t + i) + at);
+      }
+      float* to = out + done * SPAN + t * 16;
+      _tile_stored(0, to, SPAN * 4);
+      _tile_stored(1, to + 16, SPAN * 4);
+      _tile_stored(2, to + TILE_ROWS * SPAN, SPAN * 4);
+      _tile_stored(3, to + TILE_ROWS * SPAN + 16, SPAN * 4);
+    }
+  for (int r = done; r < rows; r += TILE_ROWS)
     for (int t = 0; t < num_tiles; t += 4) {
       const char* k[4];
       for (int i = 0; i < 4; ++i) k[i] = tiles[std::min(t + i, num_tiles - 1)];
@@ -136,14 +165,39 @@ void tiled_scores(const char* q, size_t q_bytes, int rows, const char* const* ti
     }
 }
 
-// As `values_rows`, on the processor's tiles: 64 dimensions at a time, or 32.
+// As `values_rows`, on the processor's tiles: 32 queries with 32 dimensions at a time, else 16 with 64, or 32.
 template <bool Ask>
 void tiled_values(const char* p, size_t p_bytes, int rows, const char* const* tiles, const char* const* soon, int num_tiles, int head_dim,
                   float* out) {
   const size_t ld = (size_t)head_dim * 4;
   const auto after = [&](int t) { return tile_after(t, num_tiles, tiles, soon); };
   settle();
-  for (int r = 0; r < rows; r += TILE_ROWS)
+  int done = 0;
+  for (; done + TILE_ROWS < rows; done += 2 * TILE_ROWS)
+    for (int d = 0; d < head_dim; d += 32) {
+      zero_sums();
+      for (int t = 0; t < num_tiles; ++t) {
+        const char* v = tiles[t] + (size_t)d * 4;
+        const char* p0 = p + done * p_bytes + (size_t)t * 32;
+        const char* p1 = p0 + TILE_ROWS * p_bytes;
+        _tile_loadd(7, v, ld);
+        _tile_loadd(5, p0, p_bytes);
+        _tile_dpbf16ps(0, 5, 7);
+        _tile_loadd(5, p1, p_bytes);
+        _tile_dpbf16ps(2, 5, 7);
+        _tile_loadd(7, v + 64, ld);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(5, p0, p_bytes);
+        _tile_dpbf16ps(1, 5, 7);
+        if (Ask && done == 0) ask<16>(after(t) + (size_t)d * 32);
+      }
+      float* to = out + (size_t)done * head_dim + d;
+      _tile_stored(0, to, ld);
+      _tile_stored(1, to + 16, ld);
+      _tile_stored(2, to + TILE_ROWS * head_dim, ld);
+      _tile_stored(3, to + TILE_ROWS * head_dim + 16, ld);
+    }
+  for (int r = done; r < rows; r += TILE_ROWS)
     for (int d = 0; d < head_dim; d += 64) {
       const bool wide = d + 64 <= head_dim;
       zero_sums();
