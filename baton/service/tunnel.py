@@ -45,7 +45,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
     def __init__(self, methods: Mapping[str, Method]) -> None:
         """Methods by their full name."""
         self._methods = methods
-        self._open: set[_Outbox] = set()
+        self._open: set[Outbox] = set()
         self._none_open = asyncio.Event()
         self._none_open.set()
 
@@ -62,7 +62,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         requests: AsyncIterator[tunnel_pb2.OpenRequest],
         context: grpc.aio.ServicerContext[tunnel_pb2.OpenRequest, tunnel_pb2.OpenResponse],
     ) -> None:
-        outbox = _Outbox()
+        outbox = Outbox()
         calls: dict[int, asyncio.Task[None]] = {}
         await context.write(tunnel_pb2.OpenResponse())
         sending = asyncio.create_task(outbox.send(context.write), name="tunnel")
@@ -86,7 +86,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _serve(self, start: tunnel_pb2.OpenRequest.Start, outbox: "_Outbox") -> None:
+    async def _serve(self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox") -> None:
         status = b""
         try:
             method, request = self._parse(start)
@@ -119,7 +119,7 @@ def _forget(calls: dict[int, asyncio.Task[None]], call: int, _task: asyncio.Task
 class _TunnelledCall:
     """What a handler uses of a `Context`."""
 
-    def __init__(self, start: tunnel_pb2.OpenRequest.Start, outbox: "_Outbox") -> None:
+    def __init__(self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox") -> None:
         self._call = start.call
         self._deadline_s = time.monotonic() + start.timeout_seconds
         self._trace = TraceContext(start.traceparent, start.tracestate)
@@ -136,7 +136,7 @@ class _TunnelledCall:
         self._outbox.put(self._call, message.SerializeToString())
 
 
-class _Outbox:
+class Outbox:
     """What all calls of a tunnel have to say, and its way out."""
 
     def __init__(self) -> None:
@@ -186,11 +186,15 @@ class _Outbox:
             self._waiting_bytes = self._next_bytes + sum(r.ByteSize() for r in self._waiting)
             if self._waiting_bytes < WAITING_BYTES:
                 self._has_room.set()
-            if self._finishes and not self._waiting_bytes:
+            # An end without an error has no bytes of its own.
+            if self._finishes and not self._waiting and not self._has_next():
                 return await write(tunnel_pb2.OpenResponse(last=True))
 
+    def _has_next(self) -> bool:
+        return bool(self._next.messages or self._next.ends)
+
     def _close_next(self) -> None:
-        if self._next.messages or self._next.ends:
+        if self._has_next():
             self._waiting.append(self._next)
             self._next, self._next_bytes = tunnel_pb2.OpenResponse(), 0
 

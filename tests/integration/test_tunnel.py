@@ -13,7 +13,7 @@ from baton.service.calls import Context
 from baton.service.channel import open_channel
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings, ServerSettings
-from baton.service.tunnel import WAITING_BYTES, Method, TunnelServicer
+from baton.service.tunnel import WAITING_BYTES, Method, Outbox, TunnelServicer
 from baton.v1 import common_pb2, tunnel_pb2, tunnel_pb2_grpc
 from router.streams import Broken, Follower
 from router.tunnel import MESSAGE_BYTES, Tunnel, TunnelledCall
@@ -255,6 +255,29 @@ async def test_a_tunnel_that_finishes_was_read_to_its_end() -> None:
         assert got == list(range(50))
         assert (await ending).from_worker
         assert not here.tunnel.is_open
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_an_end_that_comes_while_the_last_message_is_sent_is_sent_too(steps: int) -> None:
+    """Promise: as above, with the end and the leaving at each step of the event loop around the message before."""
+    sent: list[tunnel_pb2.OpenResponse] = []
+
+    async def write(response: tunnel_pb2.OpenResponse) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+        sent.append(response)
+
+    outbox = Outbox()
+    sending = asyncio.create_task(outbox.send(write))
+    outbox.put(1, b"a response")
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    outbox.end(1, b"")
+    outbox.finish()
+    await sending
+    assert [m.call for r in sent for m in r.messages] == [1]
+    assert [e.call for r in sent for e in r.ends] == [1]
+    assert [r.last for r in sent] == [False] * (len(sent) - 1) + [True]
 
 
 async def test_a_router_that_does_not_read_holds_no_worker_back() -> None:
