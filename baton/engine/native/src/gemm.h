@@ -100,8 +100,8 @@ struct Tile {
 // 8-bit: integer sums within a group stay in registers, and are then scaled into the float32 sums, which wait in the first cache.
 // Weights are stored with 128 added, since the instruction wants one factor unsigned; a group's sum starts at -128 times the sum of
 // the row's values, which takes that back.
-template <int MR, int NP>
-struct Tile<I8, MR, NP> {
+template <int MR, int NP, _mm_hint Hint>
+struct TileI8 {
   static void run(Rows a, const char* b, const uint16_t* scales, size_t panel_bytes, int first, int last, const char* soon,
                   size_t stride, float* out) {
     constexpr int NV = 2 * NP;
@@ -127,7 +127,7 @@ struct Tile<I8, MR, NP> {
         for (int v = 0; v < NV; ++v) {
           const size_t from = (v / 2) * panel_bytes + (v % 2) * 64;
           w[v] = _mm512_loadu_si512(at + from);
-          _mm_prefetch(soon + from, _MM_HINT_T0);
+          _mm_prefetch(soon + from, Hint);
         }
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
@@ -159,6 +159,9 @@ struct Tile<I8, MR, NP> {
     }
   }
 };
+
+template <int MR, int NP>
+struct Tile<I8, MR, NP> : TileI8<MR, NP, _MM_HINT_T0> {};
 
 using TileFn = void (*)(Rows, const char*, const uint16_t*, size_t, int, int, const char*, size_t, float*);
 

@@ -100,39 +100,51 @@ void tiled_panel(TiledBF16, const char* a, Rows, int first, int rows, const Matr
   }
 }
 
-// The products of two groups, [group][16 rows][32]; of one where `count` is 1.
-inline void tiled_dots(const char* x, const char* w, int count, int32_t* dots) {
+// What is asked of memory before its turn, some cache lines with each piece of work: all at once would stop the processor until memory
+// has taken them, and memory would wait while none are asked for.
+struct Soon {
+  const char* at;
+  void ask(int lines) {
+    for (int i = 0; i < lines; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+  }
+};
+
+// The products of two groups, [group][16 rows][32]; of one where `count` is 1. With each of the four, `lines` are asked for.
+inline void tiled_dots(const char* x, const char* w, int count, int32_t* dots, Soon& soon, int lines) {
   constexpr size_t LD = PANEL * 4;
   settle();
   zero_sums();
   _tile_loadd(4, x, 64);
   _tile_loadd(6, w, LANE_BYTES);
   _tile_dpbsud(0, 4, 6);
+  soon.ask(lines);
   _tile_loadd(7, w + 64, LANE_BYTES);
   _tile_dpbsud(1, 4, 7);
+  soon.ask(lines);
   _tile_stored(0, dots, LD);
   _tile_stored(1, dots + 16, LD);
   if (count == 1) return;
   _tile_loadd(5, x + TILE_BYTES, 64);
   _tile_loadd(6, w + PANEL_TILE_BYTES, LANE_BYTES);
   _tile_dpbsud(2, 5, 6);
+  soon.ask(lines);
   _tile_loadd(7, w + PANEL_TILE_BYTES + 64, LANE_BYTES);
   _tile_dpbsud(3, 5, 7);
+  soon.ask(lines);
   _tile_stored(2, dots + TILE_ROWS * PANEL, LD);
   _tile_stored(3, dots + TILE_ROWS * PANEL + 16, LD);
 }
 
-// Adds them, scaled, to the sums [rows][32]. With each row, `lines` cache lines at `soon` are asked of memory: all at once would stop
-// the processor until memory has taken them.
+// Adds them, scaled, to the sums [rows][32]. With each row, `lines` are asked for.
 template <int Count>
-inline void scale_dots(const int32_t* dots, Rows a, int row, int rows, int group, const uint16_t* scales, float* sums, const char* soon,
+inline void scale_dots(const int32_t* dots, Rows a, int row, int rows, int group, const uint16_t* scales, float* sums, Soon& soon,
                        int lines) {
   const int groups = a.groups();
   __m512 scale[Count][2];
   for (int g = 0; g < Count; ++g)
     for (int v = 0; v < 2; ++v) scale[g][v] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + g * PANEL + v * 16)));
   for (int m = 0; m < rows; ++m) {
-    for (int i = 0; i < lines; ++i, soon += 64) _mm_prefetch(soon, _MM_HINT_T1);
+    soon.ask(lines);
     float* out = sums + (size_t)m * PANEL;
     __m512 sum[2] = {_mm512_load_ps(out), _mm512_load_ps(out + 16)};
 #pragma GCC unroll 2
@@ -165,22 +177,26 @@ void tiled_panel(TiledI8, const char* x, Rows a, int first, int rows, const Matr
       const int row = t * TILE_ROWS, count = std::min(TILE_ROWS, rows - row);
       const char* left = x + (size_t)t * groups * TILE_BYTES;
       float* out = sums + (size_t)row * PANEL;
-      // All rows together ask for the next part, once.
-      const int lines = (2 * PANEL_TILE_BYTES / 64 + rows - 1) / rows;
-      const char* soon = b + (size_t)to * PANEL_TILE_BYTES + (size_t)row * ((to - from + 1) / 2) * lines * 64;
+      // All rows together ask for the next part, once: for its first half while sums are scaled, for the other while tiles multiply,
+      // since memory answers two streams sooner than one.
+      const int turns = (to - from + 1) / 2, each = PANEL_TILE_BYTES / 64;
+      const int with_row = (each + rows - 1) / rows, with_product = (each / 4 + tiles - 1) / tiles;
+      const char* next = b + (size_t)to * PANEL_TILE_BYTES;
+      Soon first_half{next + (size_t)row * turns * with_row * 64};
+      Soon other_half{next + (size_t)turns * (PANEL_TILE_BYTES + t * 4 * with_product * 64)};
       // While the tiles multiply two groups, what they have made of the two before is scaled.
       for (int g = from, turn = 0; g < to + 2; g += 2, turn ^= 1) {
         if (g < to) {
-          tiled_dots(left + (size_t)g * TILE_BYTES, b + (size_t)g * PANEL_TILE_BYTES, std::min(2, to - g), dots[turn]);
+          const char* weights = b + (size_t)g * PANEL_TILE_BYTES;
+          tiled_dots(left + (size_t)g * TILE_BYTES, weights, std::min(2, to - g), dots[turn], other_half, with_product);
         }
         const int before = g - 2;
         if (before < from) continue;
         if (to - before >= 2) {
-          scale_dots<2>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, soon, lines);
+          scale_dots<2>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, first_half, with_row);
         } else {
-          scale_dots<1>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, soon, lines);
+          scale_dots<1>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, first_half, with_row);
         }
-        soon += count * lines * 64;
       }
       if (part + 1 == parts) finish(first + row, count, panel, 1, out);
     }
@@ -199,6 +215,12 @@ class Flushing {
   static constexpr unsigned FLUSH_TO_ZERO = 1u << 15, DENORMALS_ARE_ZERO = 1u << 6;
   unsigned before_;
 };
+
+// 8-bit rows on a processor with tiles. Its cores keep more streams of weights going than others', and their first caches fewer lines
+// that are yet to come.
+struct BesideTilesI8 : I8 {};
+template <int MR, int NP>
+struct Tile<BesideTilesI8, MR, NP> : TileI8<MR, NP, _MM_HINT_T1> {};
 
 template <>
 constexpr int MOST_SUMS<TiledBF16> = 4;
@@ -251,7 +273,7 @@ struct Tile<TiledBF16, MR, NP> {
 };
 
 inline TiledBF16 on_vectors(TiledBF16) { return {}; }
-inline I8 on_vectors(TiledI8) { return {}; }
+inline BesideTilesI8 on_vectors(TiledI8) { return {}; }
 
 // Every row times every panel; as `multiply`, with rows in tiles.
 template <class Op, class Epilogue>
