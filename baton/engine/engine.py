@@ -323,7 +323,7 @@ class PagedEngine:
         if not batch:
             return events
         on_batch(sum(count for _, count in batch))
-        if len(self._running) > self._limits.max_batch_tokens:
+        if len(self._running) > min(self._limits.max_batch_tokens, self._limits.max_running):
             # More requests generate than a step computes: those of this step go to the end of the line.
             served = {id(state) for state, _ in batch}
             self._running.sort(key=lambda state: id(state) in served)

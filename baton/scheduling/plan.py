@@ -2,7 +2,8 @@
 
 The policy, in order:
 
-1. Requests that generate go first, one token each: a long prompt delays nobody's next token.
+1. Requests that generate go first, one token each: a long prompt delays nobody's next token. Where more generate than a step takes,
+   the first ones do; whoever calls lets them take turns.
 2. Prompts that have begun get chunks of the token budget that is left, first come first served.
 3. Waiting requests are admitted first come first served, each only once the blocks for all of its tokens are available, so an
    admitted prompt never stalls half-way. One that does not fit holds back those behind it: nobody starves.
@@ -25,7 +26,7 @@ class Limits:
     max_batch_tokens: int
     """Most tokens to compute in one step."""
     max_running: int
-    """Most requests that hold blocks for computing."""
+    """Most requests of one step, and most to be admitted. More may generate: those whose KV came from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,19 @@ class _Step:
         self._limits = limits
         self._available = available_blocks
         self._budget = limits.max_batch_tokens
+        self._rows = limits.max_running
 
     def generate(self, running: Sequence[Running]) -> list[Running]:
         """Rules 1 and 4. Returns the requests that were not preempted."""
         staying = list(running)
+        # However many generate, a prompt that has begun goes on.
+        kept = int(self._rows > 1 and any(r.num_tokens - r.num_computed > 1 for r in running))
         index = 0
         while index < len(staying):
             request = staying[index]
             index += 1
-            if request.num_tokens - request.num_computed == 1 and self._budget:
+            has_room = self._budget and self._rows > kept
+            if request.num_tokens - request.num_computed == 1 and has_room:
                 need = self._new_blocks(request, 1)
                 if not self._make_room(need, request, staying):
                     return staying
@@ -116,7 +121,7 @@ class _Step:
             index += 1
             remaining = request.num_tokens - request.num_computed
             take = min(remaining, self._budget)
-            if remaining > 1 and take:
+            if remaining > 1 and take and self._rows:
                 need = self._new_blocks(request, take)
                 if not self._make_room(need, request, staying):
                     return
@@ -160,6 +165,7 @@ class _Step:
 
     def _take(self, key: AttemptKey, num_tokens: int, num_blocks: int) -> None:
         self._budget -= num_tokens
+        self._rows -= 1
         self._available -= num_blocks
         self.chunks.append((key, num_tokens))
 

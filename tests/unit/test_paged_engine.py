@@ -88,6 +88,17 @@ def hand_over(prefill: PagedEngine, decode: PagedEngine, req: EngineRequest, pie
     """One handoff, as the workers do it; returns the first token."""
     decode.add(replace(req, mode=Mode.DECODE))
     reserved = next(e for _ in range(9) for e in decode.step() if isinstance(e, Reserved))
+    return deliver(prefill, decode, req, reserved, pieces)
+
+
+def deliver(
+    prefill: PagedEngine,
+    decode: PagedEngine,
+    req: EngineRequest,
+    reserved: Reserved,
+    pieces: int = 1,
+) -> int:
+    """The handoff of what was reserved; returns the first token."""
     prefill.add(replace(req, mode=Mode.PREFILL))
     first = [e for e in run(prefill) if isinstance(e, Token)][-1]
     length = len(req.sequence)
@@ -286,13 +297,19 @@ def test_reservations_that_wait_for_their_kv_do_not_hold_back_others() -> None:
     assert tokens_of(run(engine), "near") == reference(prompt_of(3))
 
 
-def test_more_generating_requests_than_a_step_computes_take_turns() -> None:
-    engine = build_sim_engine(replace(BIG, max_batch_tokens=2))
+@pytest.mark.parametrize("limit", ["max_batch_tokens", "max_running"])
+def test_more_generating_requests_than_a_step_computes_take_turns(limit: str) -> None:
+    engine = build_sim_engine(replace(BIG, **{limit: 2}))
     prefill = build_sim_engine(BIG)
-    for name in ("a", "b", "c", "d"):
-        hand_over(prefill, engine, request(prompt_of(9, seed=ord(name)), name=name), 1)
+    asked = {key(name): request(prompt_of(9, seed=ord(name)), name=name) for name in "abcd"}
+    for req in asked.values():
+        engine.add(replace(req, mode=Mode.DECODE))
+    reserved = [e for _ in range(2) for e in engine.step() if isinstance(e, Reserved)]
+    for each in reserved:
+        deliver(prefill, engine, asked[each.key], each)
     steps = [[e.key.request_id for e in engine.step() if isinstance(e, Token)] for _ in range(4)]
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == ["a", "b", "c", "d"]
+    assert [len(step) for step in steps] == [2] * 4
 
 
 def test_a_copy_that_fails_fails_its_pull_only() -> None:

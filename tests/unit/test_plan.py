@@ -34,6 +34,11 @@ def test_generating_requests_go_before_a_prompt_that_came_first() -> None:
     assert result.chunks == ((key("a"), 1), (key("b"), 1), (key("prompt"), 6))
 
 
+def test_a_prompt_that_has_begun_goes_on_however_many_generate() -> None:
+    result = plan([*(generating(name, 6) for name in "abcd"), Running(key("p"), 9, 4, 3)], [], 10)
+    assert result.chunks == ((key("a"), 1), (key("b"), 1), (key("p"), 5))
+
+
 def test_a_long_prompt_is_cut_to_the_budget() -> None:
     assert plan([], [newcomer("a", 100)], 25).chunks == ((key("a"), 8),)
 
@@ -92,6 +97,7 @@ def test_a_plan_never_promises_more_than_there_is(
     ) + sum(w.num_blocks for w in queue if w.key in result.admit)
     assert spent <= available + freed
     assert sum(n for _, n in result.chunks) <= LIMITS.max_batch_tokens
+    assert len(result.chunks) <= LIMITS.max_running
     assert len({k for k, _ in result.chunks}) == len(result.chunks)
     assert not set(result.preempt) & {k for k, _ in result.chunks}
     assert result.admit == tuple(w.key for w in queue[: len(result.admit)])
