@@ -171,6 +171,11 @@ class Attempt:
                     if self.left is None and not self._decode_has_ended:
                         self.pair.decode.release_decode(self._key, self._terms.holder)
                     self._let_go_of_source()
+        except BaseException:
+            if self.left is not None:
+                # Nobody learns of what decode holds.
+                self.pair.decode.release_decode(self._key, self._terms.holder)
+            raise
         finally:
             decode.unwatch(of_decode)
             if prefill is not None:
@@ -425,7 +430,9 @@ class Attempt:
         if self.pair.prefill is not None and not self._has_first_token:
             return
         if self._order.holds_any:
-            raise InternalError("decode left out a token")
+            left_out = InternalError("decode left out a token")
+            self._end(Failure(left_out, self.pair.decode.worker_id))
+            return
         self.finish_reason = self._decode_finish
         # Before the stream's turn, which takes the last tokens: what is left of the text goes with them.
         self._on_finished()

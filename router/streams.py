@@ -18,7 +18,7 @@ class Broken:
 
     error: BatonError
     from_worker: bool
-    """The worker itself said so; else the connection broke."""
+    """The worker itself said so, and holds nothing more; else the connection broke, or the router gave up what it heard."""
 
 
 class Follower(NamedTuple):
@@ -81,7 +81,7 @@ class DirectCall:
         except AioRpcError as error:
             return Broken(_not_ours(error_from_rpc(error)), from_worker=said_by_peer(error))
         except BatonError as error:
-            return Broken(error, from_worker=True)
+            return Broken(error, from_worker=False)
         except asyncio.CancelledError:
             # A closed channel cancels its calls, not the tasks that read them.
             if task.cancelling():

@@ -72,7 +72,7 @@ class TunnelledCall:
 
     def _give_up(self, error: BatonError) -> None:
         self._let_go()
-        self.end(Broken(error, from_worker=True))
+        self.end(Broken(error, from_worker=False))
 
 
 class Tunnel:

@@ -23,8 +23,9 @@ from baton.types import (
 from baton.v1 import common_pb2, decode_pb2
 from router.attempt import Attempt
 from router.attempt_calls import Terms
-from router.members import Member, Pair
+from router.members import Member, Pair, Watch
 from router.streams import Broken, Follower
+from router.tunnel import TunnelledCall
 from tests.unit.test_fleet_place import decode_worker
 
 RESERVED = decode_pb2.DecodeResponse(reserved=decode_pb2.DecodeResponse.Reserved())
@@ -56,6 +57,7 @@ class Decode:
         self.worker_id = self.info.worker_id
         self.call = Call()
         self.released = False
+        self.draining = False
 
     def call_decode(self, *_: object) -> Call:
         return self.call
@@ -63,7 +65,11 @@ class Decode:
     def release_decode(self, *_: object) -> None:
         self.released = True
 
-    def watch(self, _: object) -> None: ...
+    async def hand_over(self, *_: object) -> int:
+        return 1
+
+    def watch(self, watch: Watch) -> None:
+        self.watched = watch
 
     def unwatch(self, _: object) -> None: ...
 
@@ -81,7 +87,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[Running]:
+async def running(*, elsewhere: bool = False) -> AsyncIterator[Running]:
     decode = Decode()
 
     def put(chunk: TokenChunk) -> bool:
@@ -99,6 +105,7 @@ async def running() -> AsyncIterator[Running]:
         terms=Terms(
             record=RequestRecord(request_id="r", deadline_unix_s=0.0), grace_s=0.0, holder="h"
         ),
+        elsewhere=lambda: elsewhere,
     )
     here = Running(attempt, asyncio.create_task(attempt.run()), decode)
     await asyncio.sleep(0)
@@ -141,6 +148,48 @@ async def test_a_broken_call_is_a_failure_of_its_worker() -> None:
         assert here.attempt.failure is not None
         assert here.attempt.failure.blame == here.decode.worker_id
         assert here.decode.released
+
+
+async def test_what_the_router_cannot_use_frees_the_worker_that_said_it() -> None:
+    """An event of a newer release, say: the worker does not know that nobody listens any more."""
+    async with running() as here:
+        parsed: list[decode_pb2.DecodeResponse] = [decode_pb2.DecodeResponse()]
+        call = TunnelledCall(lambda _: parsed.pop(), lambda: None)
+        call.follow(Follower(here.decode.call.say, here.decode.call.end, here.decode.call.err))
+        call.deliver(b"")
+        await here.task
+        assert here.attempt.failure is not None
+        assert here.attempt.failure.blame == here.decode.worker_id
+        assert here.decode.released
+
+
+async def test_an_end_that_leaves_out_a_token_is_a_failure_at_once() -> None:
+    late = decode_pb2.DecodeResponse(tokens=common_pb2.TokenChunk(first_index=1, token_ids=[8]))
+    async with running() as here:
+        for response in (RESERVED, KV, late, FINISHED):
+            here.decode.call.say(response)
+        await asyncio.wait_for(here.task, 5)
+        assert here.attempt.failure is not None
+        assert here.attempt.failure.blame == here.decode.worker_id
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_kv_that_moves_on_is_kept_for_the_next_attempt_unless_there_is_none(
+    *, cancelled: bool
+) -> None:
+    async with running(elsewhere=True) as here:
+        for response in (RESERVED, KV, TOKEN):
+            here.decode.call.say(response)
+        here.decode.draining = True
+        here.decode.watched.on_draining()
+        await asyncio.sleep(0)
+        assert here.attempt.left is not None
+        assert not here.task.done()
+        if cancelled:
+            here.task.cancel()
+        await asyncio.gather(here.task, return_exceptions=True)
+        assert here.task.cancelled() == cancelled
+        assert here.decode.released == cancelled
 
 
 async def test_a_bug_ends_the_attempt_and_frees_its_worker() -> None:
