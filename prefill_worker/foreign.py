@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from itertools import count
 
 from baton.errors import DeadlineError, UnavailableError
@@ -23,6 +24,10 @@ from prefill_worker.prefiller import JobEvent, JobFirstToken, JobStarted, Prefil
 
 _log = logging.getLogger(__name__)
 
+_Job = asyncio.Task[Exception]
+"""Results in what ended it."""
+_Told = asyncio.Queue[JobEvent | Exception]
+
 
 class ForeignPrefill:
     """Implements `baton.vllm.legs.PrefillLeg`."""
@@ -31,7 +36,7 @@ class ForeignPrefill:
         self._host = host
         self._prefiller = prefiller
         self._epochs = count()
-        self._jobs: dict[str, set[asyncio.Task[None]]] = {}
+        self._jobs: dict[str, set[_Job]] = {}
         """By the router's request id."""
 
     async def run(self, request: ForeignRequest) -> AsyncGenerator[LegEvent, None]:
@@ -45,14 +50,14 @@ class ForeignPrefill:
             trace=request.trace,
             hold_s=self._host.settings.foreign_kv_ttl_s,
         )
-        told: asyncio.Queue[JobEvent | BaseException] = asyncio.Queue()
+        told: _Told = asyncio.Queue()
         task = self._start(request.request_id, job, told)
         answered = False
         cached_tokens = 0
         try:
             while not answered:
                 event = await told.get()
-                if isinstance(event, BaseException):
+                if isinstance(event, Exception):
                     raise event
                 if isinstance(event, JobStarted):
                     cached_tokens = event.cached_tokens
@@ -93,31 +98,33 @@ class ForeignPrefill:
             done_unix_s=time.time(),
         )
 
-    def _start(
-        self, request_id: str, job: PrefillJob, told: "asyncio.Queue[JobEvent | BaseException]"
-    ) -> asyncio.Task[None]:
+    def _start(self, request_id: str, job: PrefillJob, told: _Told) -> _Job:
         task = asyncio.create_task(self._hold(job, told), name=f"hold {job.key}")
         self._jobs.setdefault(request_id, set()).add(task)
-        task.add_done_callback(lambda done: self._forget(request_id, done))
+        task.add_done_callback(partial(self._forget, request_id, told))
         return task
 
-    def _forget(self, request_id: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, request_id: str, told: _Told, task: _Job) -> None:
         tasks = self._jobs[request_id]
         tasks.discard(task)
         if not tasks:
             del self._jobs[request_id]
+        # What ended it is told, too, for a call that was not answered; also of one that was aborted before it ran.
+        told.put_nowait(_released() if task.cancelled() else task.result())
 
-    async def _hold(self, job: PrefillJob, told: "asyncio.Queue[JobEvent | BaseException]") -> None:
-        """Runs a job to its end; what ends it is told, too, for a call that was not answered."""
-        ended: BaseException = UnavailableError("the KV was released")
+    async def _hold(self, job: PrefillJob, told: _Told) -> Exception:
+        """Runs a job to its end; returns what ended it."""
         try:
             async with aclosing(self._prefiller.run(job)) as events:
                 async for event in events:
                     told.put_nowait(event)
         except DeadlineError as error:
             _log.info("nobody came for the KV of %s", job.key)
-            ended = error
+            return error
         except Exception as error:  # noqa: BLE001 - raised where the call is answered
-            ended = error
-        finally:
-            told.put_nowait(ended)
+            return error
+        return _released()
+
+
+def _released() -> Exception:
+    return UnavailableError("the KV was released")

@@ -186,6 +186,19 @@ async def test_an_abort_ends_a_call_with_what_it_has_said() -> None:
         assert answer.complete.completion_tokens == len(answer.complete.output_ids)
 
 
+async def test_an_abort_that_comes_before_its_job_runs_ends_the_call_at_once() -> None:
+    """Promise: an error in bounded time, however early the abort."""
+    async with pair(foreign_kv_ttl_s=60.0) as (rig, _):
+        request = ForeignRequest(request_id="a", prompt=PROMPT, sampling=SamplingParams(**GREEDY))
+        leg = rig.prefill._foreign
+        call = asyncio.create_task(anext(leg.run(request.as_prefill())))
+        await asyncio.sleep(0)
+        leg.abort("a")
+        with pytest.raises(UnavailableError, match="released"):
+            await asyncio.wait_for(call, 5)
+        await rig.settled()
+
+
 async def test_whatever_ends_many_requests_nothing_stays_held() -> None:
     """Promise: callers that leave, aborts, KV that nobody takes, small pools, and several choices, all at once."""
     sim = replace(SIM, num_blocks=40, step_s=0.002)
