@@ -28,5 +28,5 @@ class FlexActor(WorkerActor):
         return await self._source.ready(key, timeout_s, piece)
 
     async def kv_pull(self, request: PullRequest) -> tuple[KVMeta | Refused, WireKV | None]:
-        """See `KVSource.pull`. Two return values, which the caller owns: the KV outlives this process."""
+        """See `KVSource.pull`. The object belongs to the caller: the KV outlives this process."""
         return await self._source.pull(request)

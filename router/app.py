@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Coroutine
 from functools import partial
 
 import grpc
@@ -151,10 +152,10 @@ class RouterApp:
         sessions.start()
         await self._ports.set_serving(serving=True)
         self._status_line.start()
-        self._tasks.append(asyncio.create_task(self.table.follow_limits(), name="limits"))
+        self._keep(self.table.follow_limits(), "limits")
         if self._settings.autoscale:
             autoscaler = Autoscaler(self.fleet, self._settings, self.metrics)
-            self._tasks.append(asyncio.create_task(autoscaler.run(), name="autoscaler"))
+            self._keep(autoscaler.run(), "autoscaler")
         ports = (self.port, self.fleet_port, self.metrics_port)
         _log.info("serving on port %d, workers join on port %d, metrics on port %d", *ports)
         if self.http is not None:
@@ -192,6 +193,11 @@ class RouterApp:
         await self._status_line.close()
         self.metrics.close()
         await asyncio.to_thread(self._tracing.close)
+
+    def _keep(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(_tell_of_bug)
+        self._tasks.append(task)
 
     def _register(self, sessions: SessionManager) -> None:
         inference = Inference(
@@ -252,6 +258,13 @@ class RouterApp:
             inference, self.model.tokenizer, access=access, settings=self._settings
         )
         kserve_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
+
+
+def _tell_of_bug(task: asyncio.Task[None]) -> None:
+    """Nobody awaits a task that runs until the router stops: one that ends before would do so in silence."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        _log.error("the router goes on without its task %r", task.get_name(), exc_info=error)
 
 
 def load_tokenizer(settings: RouterSettings) -> Tokenizer:

@@ -55,11 +55,6 @@ class Ports:
         return self._clients.port
 
     @property
-    def health_port(self) -> int:
-        """The probes'; 0 where there is none. Precondition: started."""
-        return self._clients.health_port
-
-    @property
     def fleet_port(self) -> int:
         """The workers'. Precondition: started."""
         return self._fleet.port

@@ -34,7 +34,6 @@ class Caller:
 
     tenant: str = ""
     """Empty where no keys are configured."""
-    key_id: str = ""
     limits: TenantLimits = field(default_factory=TenantLimits)
     is_admin: bool = False
     private_cache: bool = False
@@ -89,7 +88,6 @@ class KeyAccess:
             raise UnauthenticatedError("the API key is not valid")
         return Caller(
             tenant=key.tenant,
-            key_id=key.id,
             limits=ring.limits_of(key.tenant),
             is_admin=key.is_admin,
             private_cache=key.private_cache or self._private_caches,

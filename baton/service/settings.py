@@ -5,7 +5,7 @@ line wins. Lists are comma-separated, booleans are `true` or `false`. Some field
 Baton's own is not there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Self, get_type_hints
@@ -40,10 +40,6 @@ class PlacementPolicy(Enum):
     """The least busy, whatever their prefix caches hold."""
     PREFIX_AWARE = "prefix-aware"
     """The least delay, with load, cached prefixes, free blocks and nearness weighed."""
-
-
-Standard = Callable[[Mapping[str, str]], str]
-"""Finds the variable outside Baton's that has a field's value in an environment; empty where there is none."""
 
 
 def standard_endpoint(environ: Mapping[str, str]) -> str:

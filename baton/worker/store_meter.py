@@ -30,8 +30,8 @@ class ObjectStoreMeter:
                 break
         else:
             raise UnavailableError("Ray does not know this node")
-        self._channel: grpc.Channel = init_grpc_channel(address)
-        self._raylet: Any = node_manager_pb2_grpc.NodeManagerServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        channel: grpc.Channel = init_grpc_channel(address)
+        self._raylet: Any = node_manager_pb2_grpc.NodeManagerServiceStub(channel)  # type: ignore[no-untyped-call]
 
     def sample(self) -> ObjectStoreUsage:
         """Raises `UnavailableError` where the raylet does not answer."""
@@ -47,6 +47,3 @@ class ObjectStoreMeter:
             capacity_bytes=stats.object_store_bytes_avail,
             spilled_bytes=stats.spilled_bytes_total,
         )
-
-    def close(self) -> None:
-        self._channel.close()
