@@ -312,6 +312,19 @@ def test_more_generating_requests_than_a_step_computes_take_turns(limit: str) ->
     assert [len(step) for step in steps] == [2] * 4
 
 
+def test_blocks_that_nobody_owns_are_counted() -> None:
+    engine = build_sim_engine(BIG)
+    for name in ("a", "b"):
+        engine.add(request(prompt_of(40, seed=ord(name)), name=name))
+    while engine.load().used_blocks < 6:
+        engine.step()
+    assert engine.orphaned_blocks({key("a"), key("b")}) == 0
+    assert engine.orphaned_blocks({key("a")}) == 3
+    assert engine.orphaned_blocks(set()) == 6
+    engine.release(key("b"))
+    assert engine.orphaned_blocks({key("a")}) == 0
+
+
 def test_a_copy_that_fails_fails_its_pull_only() -> None:
     class FullRunner(SimRunner):
         def read_kv(self, block_table: Rows[int], first: int, last: int) -> SealedKV:  # noqa: ARG002
