@@ -42,14 +42,15 @@ test: ## Everything CI checks: style, types, import rules, spelling, protos, tes
 presubmit: fmt ## Format, then test: run before each commit
 	@$(MAKE) test
 
-# The comparison with AIPerf installs a gigabyte, and the GPU's needs one: both are run by their own names.
-bench: $(VENV)/.dev ## Run the benchmarks behind the README's figures
+# The comparison with AIPerf installs a gigabyte, and the GPU's needs one: both are run by their own names. So are those that are packages:
+# bench-engine and bench-serve.
+bench: $(VENV)/.dev ## Run the benchmarks that are a module each, of the README's figures
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e against_aiperf -e gpu_engine); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
 
 PARTS ?= load split growth overlap
 
-bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and vLLM; PARTS='split growth' ARGS=...
+bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and vLLM; PARTS=growth ARGS='--requests 1'
 	@for part in $(PARTS); do echo "== $$part"; $(BIN)/python -m "benchmarks.serve.$$part" $(ARGS) || exit 1; done
 
 bench-engine: $(VENV)/.dev ## Measure the engine against every peer and the machine's limit: installs gigabytes, takes hours

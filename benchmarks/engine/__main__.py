@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from benchmarks.engine import plot, report, results
@@ -22,6 +23,7 @@ from benchmarks.engine.checkpoints import ROOT, checkpoint
 from benchmarks.engine.options import chosen, parse
 from benchmarks.engine.peers import PEERS
 from benchmarks.engine.peers.base import Peer
+from benchmarks.engine.peers.baton import Baton
 from benchmarks.engine.processes import Process
 from benchmarks.engine.results import Contender
 from benchmarks.engine.rounds import Rounds
@@ -33,6 +35,8 @@ def installed(args: argparse.Namespace, cores: tuple[int, ...]) -> dict[str, Pee
     found = {}
     for name in args.peers:
         peer = PEERS[name](cache=args.cache, cores=cores)
+        if isinstance(peer, Baton):
+            peer = replace(peer, kernels=args.kernels)
         try:
             peer.install()
         except (OSError, subprocess.CalledProcessError) as error:

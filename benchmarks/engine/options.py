@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from baton.engine.config import KERNELS
 from benchmarks.engine.checkpoints import NAMES
 from benchmarks.engine.peers import PEERS
 from benchmarks.engine.protocol import Cell
@@ -32,6 +33,7 @@ def parse(argv: Sequence[str], description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--kernels", choices=KERNELS, help="what computes in Baton")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine.json"))
     parser.add_argument("--resume", action="store_true", help="leave out what the results have")

@@ -103,6 +103,7 @@ def runner_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--answers", type=int, required=True, help="descriptor to write them to")
     parser.add_argument("--tools", default="", help="the engine's own programs")
+    parser.add_argument("--kernels", default=None, help="what computes in Baton")
     return parser.parse_args()
 
 

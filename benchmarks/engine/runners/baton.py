@@ -79,5 +79,6 @@ if __name__ == "__main__":
         kv_pool_tokens=POOL_TOKENS,
         prefix_cache=False,
         threads=args.threads,
+        kernels=args.kernels,
     )
     serve(args.answers, BatonMeasure(BatonStepper(engine)))
