@@ -143,6 +143,16 @@ class Admission:
             self._rest(now_s)
         return admitted
 
+    def expire(self, ticket: Ticket, predicted_ttft_s: float | None) -> Reject:
+        """The refusal of a request whose budget passed before its turn came; it is still to leave."""
+        wait_s, demand = 0.0, ticket.demand
+        # Its turn, or its displacement, may have come in this very moment.
+        if ticket.queued:
+            wait_s = self._expected_wait_s(self._tenants[demand.tenant], ticket)
+        budget_s = round(demand.ttft_budget_s, 2)
+        message = f"its turn did not come within the {budget_s:g} s that its first token may take"
+        return _reject(Refusal.TTFT, message, wait_s + (predicted_ttft_s or 0.0))
+
     def refresh(self, now_s: float) -> list[Ticket]:
         """Tenants' limits may have changed; returns the tickets admitted by that."""
         for name, tenant in self._tenants.items():
@@ -211,7 +221,7 @@ class Admission:
         before = 1 + sum(order < ticket.order for order, _ in tenant.queue)
         rivals = [t for t in self._tenants.values() if t.queue or t is tenant]
         share = tenant.limits.weight / sum(t.limits.weight for t in rivals)
-        return self._gap_s * min(self._queued + 1, before / share)
+        return self._gap_s * min(self._queued + (not ticket.queued), before / share)
 
     def _note_departure(self, now_s: float) -> None:
         full = self._running >= self._max_running

@@ -10,7 +10,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn, Protocol
@@ -126,9 +131,7 @@ class Inference:
             account.operation = "chat"
         turn = NO_TURN
         if request.session_id:
-            turn = self._sessions.turn(
-                caller.tenant, request.session_id, model=self._model.name, mark=mark_of(request)
-            )
+            turn = self._begun(request, account, deadline_s)
         with (
             request_traced(self._tracing, origin, account, self._settings),
             self._activity.follow(account),
@@ -149,7 +152,7 @@ class Inference:
                 hashes = SequenceHashes(valid.prompt, valid.cache_salt)
                 demand = self._demand(valid, account.timeline, deadline_s)
                 if resumption.complete is not None:
-                    demand = Demand(tenant=valid.tenant, prompt_tokens=0, max_tokens=0)
+                    demand = _admitted_once(valid.tenant, resumption)
                 entry = self._table.enter(
                     valid.request_id,
                     demand,
@@ -188,10 +191,9 @@ class Inference:
                 account.request = valid
                 bind(request=valid.request_id)
                 deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
-                # What is resumed was admitted once: it waits for a place, but nothing refuses it for being late, or for its tokens.
                 entry = self._table.enter(
                     valid.request_id,
-                    Demand(tenant=tenant, prompt_tokens=0, max_tokens=0),
+                    _admitted_once(tenant, resumption),
                     predicted_ttft_s=lambda: None,
                     completion_tokens=lambda: account.completion_tokens,
                     goes_on=True,
@@ -290,6 +292,23 @@ class Inference:
         unreported_s = 2 * self._settings.heartbeat_s
         resident = turn.resident(valid.prompt, valid.cache_salt, unreported_s)
         return replace(valid, resident=resident, turn=turn.record())
+
+    @asynccontextmanager
+    async def _begun(
+        self, request: pb.GenerateRequest, account: Account, deadline_s: float
+    ) -> AsyncIterator[Turn | None]:
+        """Runs the session's turn that a request is. Raises `DeadlineError` where it has not begun by the deadline, which is the caller's
+        to keep from then on.
+        """
+        turn = self._sessions.turn(
+            account.tenant, request.session_id, model=self._model.name, mark=mark_of(request)
+        )
+        next_stage, account.stage = account.stage, "session"
+        async with AsyncExitStack() as stack:
+            async with account.bounded(deadline_s):
+                begun = await stack.enter_async_context(turn)
+            account.stage = next_stage
+            yield begun
 
     @asynccontextmanager
     async def _session_of(self, valid: ValidRequest) -> AsyncIterator[Turn | None]:
@@ -411,3 +430,13 @@ class Inference:
             account.meter.tokens(count, now_s, gap_s=age_s - last_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
+
+
+def _admitted_once(tenant: str, resumption: Resumption) -> Demand:
+    """Of a request that goes on, or is told again: it waits for a place, but nothing refuses it for being late, or for its tokens, of which
+    its tenant pays for those that are yet to be generated.
+    """
+    generated = sum(held.end_index for held in resumption.held.values())
+    if resumption.complete is not None:
+        generated += len(resumption.complete.tokens.token_ids)
+    return Demand(tenant=tenant, prompt_tokens=0, max_tokens=0, generated_tokens=generated)

@@ -199,7 +199,7 @@ class RequestTable:
         try:
             if verdict.displaced is not None:
                 self._tell(*verdict.displaced)
-            await self._wait(ticket)
+            await self._wait(ticket, predicted_ttft_s)
             waited_s = time.monotonic() - arrived_s
             self._metrics.record_queue_wait(demand.priority, waited_s)
             self._check_budget(demand, waited_s + (predicted_ttft_s() or 0.0))
@@ -212,7 +212,7 @@ class RequestTable:
         for admitted in self._admission.leave(ticket, time.monotonic(), completion_tokens):
             self._tell(admitted, None)
 
-    async def _wait(self, ticket: Ticket) -> None:
+    async def _wait(self, ticket: Ticket, predicted_ttft_s: Callable[[], float | None]) -> None:
         """Returns when it is the request's turn. Raises `CapacityError` where that does not come in time for a first token."""
         queued = self._metrics.queued(ticket.demand.priority)
         turn = self._turns[ticket] = asyncio.get_running_loop().create_future()
@@ -223,7 +223,7 @@ class RequestTable:
                 refusal = await turn
         except TimeoutError:
             if timer.expired():
-                self._check_budget(ticket.demand, math.inf)
+                raise self._refused(self._admission.expire(ticket, predicted_ttft_s())) from None
             raise
         finally:
             queued.dec()

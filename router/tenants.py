@@ -27,6 +27,8 @@ class Demand:
     prompt_tokens: int
     max_tokens: int
     """Most tokens that it may generate, over all of its choices."""
+    generated_tokens: int = 0
+    """Of its output, those that were there when it came: of no cost."""
     tenant: str = ""
     priority: int = 0
     """Higher goes first among the tenant's requests."""
@@ -96,11 +98,14 @@ class Tenant:
         self._spent_tokens, self._spent_at_s = max(0.0, self.spent_tokens(now_s) + tokens), now_s
 
     def settle(self, ticket: Ticket, completion_tokens: int, now_s: float) -> None:
-        """A request of its own ended: what it was charged too much or too little is made good."""
-        surplus = ticket.demand.prompt_tokens + completion_tokens - ticket.cost_tokens
+        """A request of its own ended, with so many tokens of output: what it was charged too much or too little is made good."""
+        demand = ticket.demand
+        generated_tokens = max(0, completion_tokens - demand.generated_tokens)
+        surplus = demand.prompt_tokens + generated_tokens - ticket.cost_tokens
         self.clock += surplus / self.limits.weight
         self.charge(surplus, now_s)
-        if completion_tokens:
+        # The rest of an output says little of how long outputs are.
+        if completion_tokens and not demand.generated_tokens:
             old, new = OUTPUT_MEMORY, 1 - OUTPUT_MEMORY
             self._usual_output_tokens = old * self._usual_output_tokens + new * completion_tokens
 

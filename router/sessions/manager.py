@@ -1,8 +1,8 @@
 """What clients can do with sessions, over whichever store: create, look, close, and run a turn under a lease.
 
-A turn that fails or is cancelled leaves its session as it was before, but for the word of it. The lease is renewed while the turn
-runs; a turn whose session was closed or taken over meanwhile ends with `SessionLostError`. A router that dies holds no session for
-longer than its lease.
+A turn that fails or is cancelled leaves its session as it was before, but for the word of it; where another router or stream goes on
+with it, that one says how it ends. The lease is renewed while the turn runs; a turn whose session was closed or taken over meanwhile
+ends with `SessionLostError`. A router that dies holds no session for longer than its lease.
 
 Used on the router's event loop; a turn belongs to the task that entered it. Nothing of a session stays in memory
 between turns but what `RecentSessions` tells of it.
@@ -40,6 +40,7 @@ from router.sessions.record import (
     SessionKey,
     bounded_s,
     mark_in,
+    new_holder,
     new_lease_id,
     new_session_id,
 )
@@ -190,7 +191,7 @@ class SessionManager:
     async def _begin(self, key: SessionKey, model: str, mark: str, resumed_lease_id: str) -> Turn:
         now_s = self._clock()
         lease_id = resumed_lease_id or new_lease_id(mark)
-        lease = Lease(lease_id, now_s + self._settings.session_lease_s)
+        lease = Lease(lease_id, now_s + self._settings.session_lease_s, new_holder())
         if resumed_lease_id and not await self._do("renew", self._store.renew(key, lease)):
             session = await self.get(key.tenant, key.session_id)
             turn = self._turn(session, History(), lease, outlives=True)
@@ -248,7 +249,7 @@ class SessionManager:
         )
 
     async def _abandon(self, turn: Turn, error: BatonError | None) -> None:
-        """Gives the lease back. Where the store fails, the lease runs out by itself."""
+        """Gives the lease back, unless another goes on with the turn. Where the store fails, the lease runs out by itself."""
         why = error or InternalError("the turn was not finished")
         session = replace(
             turn.session,

@@ -115,6 +115,8 @@ class Lease:
 
     lease_id: str
     until_s: float
+    holder: str
+    """Who runs the turn. Whoever goes on with it takes the lease over under its id: those before may still finish it, not give it up."""
 
 
 def mark_of(request: inference_pb2.GenerateRequest) -> str:
@@ -133,6 +135,11 @@ def mark_of(request: inference_pb2.GenerateRequest) -> str:
 def new_lease_id(mark: str) -> str:
     """Of a turn that is the request of that mark."""
     return f"{mark}-{secrets.token_hex(8)}"
+
+
+def new_holder() -> str:
+    """Of a lease, each time that it is taken."""
+    return secrets.token_hex(8)
 
 
 def mark_in(lease_id: str) -> str:

@@ -1,6 +1,6 @@
 """Sessions in Redis, for several routers that share one truth.
 
-    {baton}:session:TENANT:ID    hash: record, tokens, messages, expires_s, lease_id, leased_until_s
+    {baton}:session:TENANT:ID    hash: record, tokens, messages, expires_s, lease_id, holder, leased_until_s
     {baton}:tenant:TENANT        its session ids, in order
     {baton}:expiry               TENANT:ID by expiry
     {baton}:leases               TENANT:ID by the end of the lease
@@ -57,8 +57,8 @@ local now = tonumber(ARGV[1])
 local held = redis.call('HMGET', KEYS[1], 'record', 'tokens', 'messages', 'expires_s', 'leased_until_s', 'lease_id')
 if not held[1] then return 'none' end
 if tonumber(held[5]) > now and held[6] ~= ARGV[2] then return 'busy' end
-if tonumber(held[4]) <= now then return 'none' end
-redis.call('HSET', KEYS[1], 'lease_id', ARGV[2], 'leased_until_s', ARGV[3])
+if tonumber(held[4]) <= now and tonumber(held[5]) <= now then return 'none' end
+redis.call('HSET', KEYS[1], 'lease_id', ARGV[2], 'leased_until_s', ARGV[3], 'holder', ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
 return {held[1], held[2], held[3]}
 """
@@ -69,9 +69,11 @@ redis.call('ZADD', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
 _END = """
-if redis.call('HGET', KEYS[1], 'lease_id') ~= ARGV[1] then return 0 end
+local held = redis.call('HMGET', KEYS[1], 'lease_id', 'holder')
+if held[1] ~= ARGV[1] then return 0 end
+if not ARGV[7] and held[2] ~= ARGV[6] then return 0 end
 redis.call('HSET', KEYS[1], 'record', ARGV[2], 'expires_s', ARGV[3], 'lease_id', '', 'leased_until_s', '0')
-if ARGV[6] then redis.call('HSET', KEYS[1], 'tokens', ARGV[6], 'messages', ARGV[7]) end
+if ARGV[7] then redis.call('HSET', KEYS[1], 'tokens', ARGV[7], 'messages', ARGV[8]) end
 redis.call('PEXPIREAT', KEYS[1], ARGV[4])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[5])
 redis.call('ZREM', KEYS[3], ARGV[5])
@@ -161,7 +163,7 @@ class RedisStore:
     async def begin_turn(
         self, key: SessionKey, lease: Lease, now_s: float
     ) -> tuple[Session, History] | None:
-        values = [repr(now_s), lease.lease_id, repr(lease.until_s), _member(key)]
+        values = [repr(now_s), lease.lease_id, repr(lease.until_s), _member(key), lease.holder]
         async with _reported():
             begun = await self._begin([_hash(key), _LEASES], values)
         if begun == b"none":
@@ -183,6 +185,7 @@ class RedisStore:
             repr(session.expires_s),
             _backstop_ms(session),
             _member(session.key),
+            lease.holder,
         ]
         if history is not None:
             values += [encode_tokens(history.tokens), encode_messages(history)]

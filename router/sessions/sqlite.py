@@ -7,7 +7,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,9 +25,10 @@ from router.sessions.record import (
     encode_tokens,
 )
 from router.sessions.store import Counts, Query
+from router.sessions.thread import SerialThread
 
 TIMEOUT_S = 5.0
-"""How long an operation may wait, for those before it and for another process that holds the file."""
+"""How long an operation, or the end, may wait for those before it, and an operation for another process that holds the file."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS sessions (
     expires_s REAL NOT NULL,
     lease_id TEXT NOT NULL DEFAULT '',
     leased_until_s REAL NOT NULL DEFAULT 0,
+    holder TEXT NOT NULL DEFAULT '',
     record BLOB NOT NULL,
     tokens BLOB NOT NULL DEFAULT x'',
     messages BLOB NOT NULL DEFAULT x'',
@@ -59,11 +61,11 @@ class SqliteStore:
         as that takes. Raises `UnavailableError` where it cannot be used.
         """
         self._path = path
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sessions")
+        self._thread = SerialThread("sessions")
         try:
-            self._db = self._thread.submit(_open, path).result()
+            self._db = self._thread.submit(lambda: _open(path)).result()
         except (OSError, sqlite3.Error) as error:
-            self._thread.shutdown()
+            self._thread.stop()
             raise UnavailableError(f"cannot keep sessions in {path}: {error}") from error
         self._closed = False
 
@@ -123,8 +125,9 @@ class SqliteStore:
             if leased_until_s > now_s and lease_id != lease.lease_id:
                 raise SessionBusyError(key.session_id)
             db.execute(
-                f"UPDATE sessions SET lease_id = ?, leased_until_s = ? WHERE {_KEY}",  # noqa: S608
-                (lease.lease_id, lease.until_s, *_named(key)),
+                "UPDATE sessions SET lease_id = ?, leased_until_s = ?, holder = ? "  # noqa: S608
+                f"WHERE {_KEY}",
+                (lease.lease_id, lease.until_s, lease.holder, *_named(key)),
             )
             return decode_session(key, record, lease.until_s), decode_history(tokens, messages)
 
@@ -144,12 +147,16 @@ class SqliteStore:
         def act(db: sqlite3.Connection) -> bool:
             columns = "lease_id = '', leased_until_s = 0, expires_s = ?, record = ?"
             values: list[object] = [session.expires_s, encode_session(session)]
-            if history is not None:
+            where, whose = _HELD, [*_named(session.key), lease.lease_id]
+            if history is None:
+                where += " AND holder = ?"
+                whose.append(lease.holder)
+            else:
                 columns += ", tokens = ?, messages = ?"
                 values += [encode_tokens(history.tokens), encode_messages(history)]
             changed = db.execute(
-                f"UPDATE sessions SET {columns} WHERE {_HELD}",  # noqa: S608
-                (*values, *_named(session.key), lease.lease_id),
+                f"UPDATE sessions SET {columns} WHERE {where}",  # noqa: S608
+                (*values, *whose),
             )
             return changed.rowcount == 1
 
@@ -184,8 +191,12 @@ class SqliteStore:
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._db.close)
-            self._thread.shutdown()
+            closing = self._thread.submit(self._db.close)
+            self._thread.stop()
+            # A file behind an operation that hangs is closed with the process.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TIMEOUT_S):
+                    await asyncio.wrap_future(closing)
 
     async def _run(self, act: Callable[[sqlite3.Connection], T]) -> T:
         end_s = time.monotonic() + TIMEOUT_S
@@ -207,7 +218,7 @@ class SqliteStore:
         try:
             # A disk that hangs knows nothing of that.
             async with asyncio.timeout(2 * TIMEOUT_S):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, transact)
+                return await asyncio.wrap_future(self._thread.submit(transact))
         except TimeoutError:
             raise UnavailableError("the session store does not answer") from None
         except sqlite3.Error as error:
@@ -225,7 +236,17 @@ def _open(path: Path | None) -> sqlite3.Connection:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     db.executescript(_SCHEMA)
+    _complete(db)
     return db
+
+
+def _complete(db: sqlite3.Connection) -> None:
+    """Adds what a file lacks whose table is there already. A process that knows nothing of it still uses the file."""
+    db.execute("BEGIN IMMEDIATE")
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(sessions)")]
+    if "holder" not in columns:
+        db.execute("ALTER TABLE sessions ADD COLUMN holder TEXT NOT NULL DEFAULT ''")
+    db.execute("COMMIT")
 
 
 def _named(key: SessionKey) -> tuple[str, str]:

@@ -54,7 +54,8 @@ class SessionStore(Protocol):
         self, key: SessionKey, lease: Lease, now_s: float
     ) -> tuple[Session, History] | None:
         """Takes the lease. None: there is no such session. Raises `SessionBusyError` where another lease runs; one that has run out
-        is taken over, and one of the same id, of the same turn at another router, is gone on with.
+        is taken over, and one of the same id, of the same turn at another router or in another stream, is gone on with: its holder is
+        this one from now on.
         """
         ...
 
@@ -63,8 +64,9 @@ class SessionStore(Protocol):
         ...
 
     async def end_turn(self, session: Session, history: History | None, lease: Lease) -> bool:
-        """Writes what the turn has made of the session, and gives the lease back; None leaves the history as it was. False, and nothing
-        is changed: the lease is not held any more.
+        """Writes what the turn has made of the session, and gives the lease back; None leaves the history as it was, and is for its
+        latest holder only. False, and nothing is changed: the lease is not held any more, or another goes on with the turn that this
+        one gives up.
         """
         ...
 

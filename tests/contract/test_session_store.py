@@ -4,6 +4,8 @@ import asyncio
 import random
 import sqlite3
 import string
+import subprocess
+import sys
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -76,8 +78,8 @@ async def created(store: SessionStore, tenant: str = "", **times: float) -> Sess
     return made
 
 
-def lease(name: str = "a", until_s: float = NOW_S + 10) -> Lease:
-    return Lease(name, until_s)
+def lease(name: str = "a", until_s: float = NOW_S + 10, holder: str = "h") -> Lease:
+    return Lease(name, until_s, holder)
 
 
 LOGPROBS = PositionLogprobs(TokenLogprob(7, -2.25), (TokenLogprob(2**31, -0.5),))
@@ -173,6 +175,50 @@ async def test_a_turn_goes_on_at_another_router_under_its_own_lease(
     assert await pair[1].end_turn(replace(made, turns=1), None, lease("mine"))
 
 
+async def test_a_turn_that_another_goes_on_with_is_not_given_up_by_who_had_it_before(
+    pair: tuple[SessionStore, SessionStore],
+) -> None:
+    """A router that wakes up, or a stream that was replaced, ends nobody's turn; each of them may finish it, with the same words."""
+    first, second = pair
+    made = await created(first)
+    late, now = lease("mine", holder="1"), lease("mine", holder="2")
+    history = History(array("I", [9]))
+    for finishing in (late, now):
+        await first.begin_turn(made.key, late, NOW_S)
+        await second.begin_turn(made.key, now, NOW_S)
+        assert not await first.end_turn(replace(made, failed_turns=1), None, late)
+        assert await first.get(made.key, NOW_S) == replace(made, leased_until_s=NOW_S + 10)
+        assert await second.renew(made.key, now)
+        assert await first.end_turn(made, history, finishing)
+    await first.begin_turn(made.key, late, NOW_S)
+    await second.begin_turn(made.key, now, NOW_S)
+    assert await second.end_turn(replace(made, failed_turns=1), None, now)
+
+
+@pytest.mark.parametrize("url", ["file", "redis"], indirect=True)
+async def test_a_turn_that_knows_no_holder_is_gone_on_with_and_ended(
+    url: str, tmp_path: Path
+) -> None:
+    """A store may be shared with a router that keeps none, and may be one that such a router made."""
+    store = open_store(url, 0)
+    made = await created(store)
+    await store.begin_turn(made.key, lease("mine"), NOW_S)
+    await store.close()
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(tmp_path / "s" / "sessions.db")) as db:
+            db.execute("ALTER TABLE sessions DROP COLUMN holder")
+    else:
+        with Redis.from_url(url) as server:
+            assert server.hdel(f"{{baton}}:session::{made.key.session_id}", "holder") == 1
+    pair = open_store(url, 0), open_store(url, 0)
+    renewed = lease("mine", NOW_S + 20, holder="2")
+    assert await pair[0].renew(made.key, renewed)
+    assert await pair[1].begin_turn(made.key, renewed, NOW_S) is not None
+    assert await pair[0].end_turn(replace(made, failed_turns=1), None, renewed)
+    for each in pair:
+        await each.close()
+
+
 async def test_a_lease_that_ran_out_is_taken_over(pair: tuple[SessionStore, SessionStore]) -> None:
     """A dead router's turn locks no session for ever, and cannot write any more."""
     first, second = pair
@@ -239,6 +285,10 @@ async def test_a_session_does_not_expire_while_its_turn_runs(store: SessionStore
     assert await store.sweep(NOW_S + 6) == 0
     assert await store.get(made.key, NOW_S + 6) is not None
     assert await store.count(NOW_S + 6) == Counts(idle=0, generating=1)
+    with pytest.raises(SessionBusyError):
+        await store.begin_turn(made.key, lease("b"), NOW_S + 6)
+    again = lease("a", NOW_S + 10, holder="another")
+    assert await store.begin_turn(made.key, again, NOW_S + 6) is not None
     assert await store.sweep(NOW_S + 10) == 1
 
 
@@ -353,6 +403,26 @@ async def test_a_locked_file_fails_all_operations_in_bounded_time(
     await store.close()
 
 
+HUNG = """
+import asyncio, threading
+from router.sessions import sqlite
+
+async def main() -> None:
+    store = sqlite.SqliteStore(None)
+    store._thread.submit(threading.Event().wait)
+    await store.close()
+    await store.close()
+
+sqlite.TIMEOUT_S = 0.1
+asyncio.run(main())
+"""
+
+
+async def test_a_process_whose_file_hangs_ends_all_the_same() -> None:
+    """Promise: neither the store's end nor the process's waits for an operation that never returns."""
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", HUNG], timeout=20, check=True)
+
+
 async def test_the_event_loop_never_waits_for_the_store(store: SessionStore) -> None:
     """While large histories are written, the loop's own work goes on between the operations' ends."""
     made = await created(store)
@@ -390,7 +460,7 @@ async def test_the_books_balance_after_any_operations(store: SessionStore) -> No
         held = model[key][1] if key is not None else None
         match rng.choice(["create", "begin", "begin", "end", "sweep", "remove"]):
             case "begin" if key is not None:
-                taken = Lease(rng.choice(string.ascii_letters), now_s + 6)
+                taken = lease(rng.choice(string.ascii_letters), now_s + 6, str(rng.random()))
                 other = held if held is not None and held.lease_id != taken.lease_id else None
                 busy = key in live and other is not None and other.until_s > now_s
                 try:

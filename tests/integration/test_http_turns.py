@@ -98,6 +98,32 @@ async def test_the_sdks_retry_after_a_lost_answer_appends_nothing() -> None:
         assert await turns(here, session_id) == 1
 
 
+async def test_a_turn_that_its_store_keeps_waiting_ends_at_its_deadline() -> None:
+    """Promise: 504 when the client's time is over, not whatever the store says later; and the session is free again."""
+    async with http_house() as here:
+        session_id = await opened(here)
+        sessions = here.house.app._sessions
+        assert sessions is not None
+        begin, answers = sessions._store.begin_turn, asyncio.Event()
+
+        async def hang(*arguments: Any) -> Any:
+            await answers.wait()
+            return await begin(*arguments)
+
+        sessions._store.begin_turn = hang  # type: ignore[method-assign, assignment]
+        turn = {"prompt": "a", **SHORT, "session_id": session_id}
+        asked = {"x-request-timeout-s": "0.2"}
+        async with asyncio.timeout(5):
+            late = await here.client.post("/v1/completions", json=turn, headers=asked)
+        assert late.status_code == 504
+        assert "'session'" in late.json()["error"]["message"]
+        answers.set()
+        async with asyncio.timeout(5):
+            while (await post(here, "/v1/completions", "", **turn)).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await turns(here, session_id) == 1
+
+
 async def test_a_turn_that_others_followed_is_refused_for_good() -> None:
     """Promise: it is neither had twice nor answered with another turn's words; other content under its key is another turn."""
     async with http_house() as here:

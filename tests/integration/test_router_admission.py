@@ -87,6 +87,8 @@ async def test_a_request_that_waits_past_its_objective_is_refused_and_past_its_d
         running = await hanging(here)
         late = await failure(here, ttft_slo_seconds=0.3)
         assert isinstance(late, CapacityError)
+        assert "within the 0.3 s" in late.message
+        assert late.retry_after_s < 1.0, "by nothing that is known"
         assert isinstance(await failure(here, timeout_s=0.3), DeadlineError)
         running.cancel()
         assert rejections(here, "ttft") == 1

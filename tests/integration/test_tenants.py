@@ -202,6 +202,26 @@ async def test_who_attaches_needs_neither_a_place_nor_tokens_anew(keys: Keys) ->
             await ask(here, ours)
 
 
+async def test_an_answer_that_is_told_again_is_paid_once(keys: Keys) -> None:
+    """Promise: a session's turn that is repeated, and an answer that is read once more, cost its tenant no tokens."""
+    ours = keys.make("acme", limits=TenantLimits(tokens_per_s=0.01, burst_tokens=400))
+    async with guarded(keys) as here:
+        create = session_pb2.SessionServiceCreateRequest()
+        mine = (await here.sessions.Create(create, metadata=bearing(ours))).session.session_id
+        turn = {"session_id": mine, "request_id": "r1", "max_tokens": 200}
+        told = await ask(here, ours, **turn)
+        assert len(told.tokens) == 200
+        assert (await ask(here, ours, **turn)).tokens == told.tokens
+        attach, again = inference_pb2.AttachRequest(request_id="r1"), Answer()
+        async for response in here.inference.Attach(attach, metadata=bearing(ours), timeout=20):
+            again.add(response)
+        assert again.tokens == told.tokens
+        # 90 and 200 of 400 are taken, and that is what 90 and 20 leave room for.
+        await ask(here, ours, max_tokens=20)
+        with pytest.raises(CapacityError, match="rate"):
+            await ask(here, ours, max_tokens=20)
+
+
 async def sessions_of(here: House, key: str) -> list[str]:
     listing = session_pb2.SessionServiceListRequest()
     listed = await here.sessions.List(listing, metadata=bearing(key))

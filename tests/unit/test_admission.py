@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from baton.service.keys import TenantLimits
 from router.admission import Admission, Admit, Queue, Refusal, Reject
-from router.tenants import Demand, Ticket
+from router.tenants import FIRST_OUTPUT_TOKENS, Demand, Ticket
 
 
 def admission(
@@ -158,6 +158,22 @@ def test_the_wait_for_a_place_counts_towards_the_first_token() -> None:
     queued(house.offer(demand(budget_s=9.0), 4.0, None))
 
 
+def test_what_waits_past_its_budget_is_told_how_late_it_would_be() -> None:
+    """Places become free every two seconds: of four that wait, the last one would be served in eight, and another half later."""
+    house = admission()
+    running = admitted(house.offer(demand(), 0.0, None))
+    waiting = [queued(house.offer(demand(budget_s=60.0), 0.0, None)) for _ in range(6)]
+    for now_s in (2.0, 4.0):
+        (running,) = house.leave(running, now_s)
+    verdict = house.expire(waiting[-1], 0.5)
+    assert verdict.refusal is Refusal.TTFT
+    assert verdict.retry_after_s == pytest.approx(8.5)
+    assert "60 s" in verdict.message
+    assert house.expire(running, 0.5).retry_after_s == pytest.approx(0.5), "its turn just came"
+    house.leave(waiting[-1], 60.0)
+    house.check_integrity()
+
+
 def test_a_tenants_concurrency_is_bounded_and_its_places_go_to_others() -> None:
     house = admission(3, limits={"a": TenantLimits(max_running=1)})
     first = admitted(house.offer(demand("a"), 0.0, None))
@@ -205,6 +221,20 @@ def test_what_a_request_really_took_is_what_its_tenant_pays() -> None:
     refused(house.offer(demand("a", prompt=490), 0.0, None))
     house.leave(waiting, 0.0)
     queued(house.offer(demand("a", prompt=490), 0.0, None))
+
+
+def test_output_that_was_there_before_costs_nothing() -> None:
+    """A request that goes on is charged for what it adds, however far it came, and is no measure of how long outputs are."""
+    limits = {"a": TenantLimits(tokens_per_s=100, burst_tokens=500)}
+    again = Demand(tenant="a", prompt_tokens=0, max_tokens=0, generated_tokens=400)
+    for completion, wait_s in ((0, 0.0), (400, 0.0), (450, 0.5)):
+        house = admission(4, limits=limits)
+        admitted(house.offer(demand("b"), 0.0, None))
+        house.leave(admitted(house.offer(again, 0.0, None)), 0.0, completion)
+        verdict = house.offer(demand("a", prompt=500, output=0), 0.0, None)
+        assert (verdict.retry_after_s if isinstance(verdict, Reject) else 0.0) == wait_s
+        unknown = admitted(house.offer(demand("a", prompt=0, output=1000), 10.0, None))
+        assert unknown.cost_tokens == FIRST_OUTPUT_TOKENS
 
 
 costs = st.lists(st.integers(1, 400), min_size=30, max_size=30)

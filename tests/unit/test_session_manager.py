@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -284,6 +284,51 @@ async def test_a_turn_that_two_routers_finish_is_told_by_both_and_had_once() -> 
         with pytest.raises(SessionLostError):
             await be_late()
         assert (await rig.told(session)).turns == 2
+
+
+@pytest.mark.parametrize(
+    "end", [asyncio.CancelledError(), CapacityError("stalled"), AbortedError("replaced")]
+)
+async def test_a_stream_that_was_replaced_ends_no_turn(end: BaseException) -> None:
+    """Promise: whatever the stream that a client left comes to, and before decode says that it was replaced, the turn is the one's that
+    goes on with it; and where that one fails, the session is free.
+    """
+    async with rigged() as rig:
+        session = await rig.manager.create("", model="m")
+        name, replaced, ended = session.key.session_id, asyncio.Event(), asyncio.Event()
+        leases: list[str] = []
+
+        async def be_replaced() -> None:
+            with suppress(type(end)):
+                async with rig.manager.turn("", name, model="m", mark="a") as turn:
+                    assert turn is not None
+                    leases.append(turn.lease.lease_id)
+                    turn.outlives = True
+                    began.set()
+                    await replaced.wait()
+                    raise end
+            ended.set()
+
+        for fails in (True, False):
+            began = asyncio.Event()
+            for event in (replaced, ended):
+                event.clear()
+            first = asyncio.create_task(be_replaced())
+            await began.wait()
+            with suppress(InvalidRequestError):
+                async with rig.manager.turn("", name, model="m", lease_id=leases[-1]) as second:
+                    assert second is not None
+                    replaced.set()
+                    await ended.wait()
+                    told = await rig.told(session)
+                    assert (rig.manager.is_generating(told), told.turns) == (True, 0)
+                    if fails:
+                        raise InvalidRequestError
+                    await second.finish(RESULT)
+            await first
+            told = await rig.told(session)
+            assert (rig.manager.is_generating(told), told.failed_turns) == (False, 1)
+        assert told.turns == 1
 
 
 async def test_a_turn_that_another_router_wrote_is_not_lost_at_its_next_renewal() -> None:
