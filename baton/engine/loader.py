@@ -27,6 +27,8 @@ from baton.errors import ModelLoadError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER_BYTES = 100_000_000
+MAPPED_BYTES = 128 * 1024 * 1024
+"""How much of a checkpoint's files stays in memory while they are read, or the largest tensor."""
 BuiltT = TypeVar("BuiltT")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -165,10 +167,10 @@ def load_weights(
     total = sum(checkpoint.tensors[name].num_bytes for name in wanted)
     loaded = 0
 
-    def tensor(name: str, dtype: torch.dtype) -> Tensor:
+    def tensor(name: str, dtype: torch.dtype | None) -> Tensor:
         nonlocal loaded
         stored = checkpoint.tensors[name]
-        value = files.read(stored.file, name)
+        value = files.read(stored, name)
         # The sum is finite only where every element is, and takes one pass.
         if not value.sum(dtype=torch.float32).isfinite():
             raise ModelLoadError(
@@ -186,15 +188,24 @@ def load_weights(
 
 
 class _OpenFiles:
-    """A checkpoint's files, each opened once: to open one costs as much as its header is long."""
+    """A checkpoint's files, kept open, since to open one costs as much as its header is long; but what was read of them stays in memory
+    until they are closed, so that happens from time to time.
+    """
 
     def __init__(self, stack: ExitStack) -> None:
         """They are closed with the stack."""
         self._stack = stack
         self._files: dict[Path, safe_open] = {}
+        self._mapped_bytes = 0
 
-    def read(self, path: Path, name: str) -> Tensor:
+    def read(self, stored: StoredTensor, name: str) -> Tensor:
         """Raises `ModelLoadError`."""
+        if self._mapped_bytes + stored.num_bytes > MAPPED_BYTES:
+            self._files.clear()
+            self._stack.close()
+            self._mapped_bytes = 0
+        self._mapped_bytes += stored.num_bytes
+        path = stored.file
         try:
             if path not in self._files:
                 opened = safe_open(path, framework="pt", device="cpu")

@@ -20,9 +20,9 @@ from baton.kv.spec import KVDtype, WeightFormat
 
 
 class TensorSource(Protocol):
-    """A tensor of the checkpoint by name, on the engine's device, in that dtype, of the expected shape."""
+    """A tensor of the checkpoint by name, on the engine's device, in that dtype or as it is stored, of the expected shape."""
 
-    def __call__(self, name: str, dtype: torch.dtype) -> Tensor: ...
+    def __call__(self, name: str, dtype: torch.dtype | None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

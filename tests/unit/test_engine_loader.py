@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from baton.engine import loader
 from baton.engine.config import EngineConfig, load_model_config
-from baton.engine.loader import find_checkpoint, fingerprint, load_weights, open_checkpoint
+from baton.engine.loader import (
+    Checkpoint,
+    find_checkpoint,
+    fingerprint,
+    load_weights,
+    open_checkpoint,
+)
+from baton.engine.progress import Progress
 from baton.engine.runner import ModelRunner
 from baton.engine.weights import Matrices, build_decoder
 from baton.errors import ModelLoadError
@@ -224,9 +233,8 @@ def test_an_index_that_names_no_file_of_the_checkpoint_is_refused(
     assert "weight_map.model.norm.weight must be a file name" in refused(path).message
 
 
-def test_loading_reports_every_byte(sharded: Path) -> None:
-    config, reports = load_model_config(sharded), list[tuple[int, int]]()
-    checkpoint = open_checkpoint(sharded)
+def load_decoder(path: Path, progress: Progress) -> Checkpoint:
+    config, checkpoint = load_model_config(path), open_checkpoint(path)
     matrices = Matrices(WeightFormat.FLOAT32, torch.float32)
     load_weights(
         checkpoint,
@@ -235,13 +243,44 @@ def test_loading_reports_every_byte(sharded: Path) -> None:
             config, tensor, matrices, prefix=prefix, context_tokens=64
         ),
         device=torch.device("cpu"),
-        progress=lambda loaded, total: reports.append((loaded, total)),
+        progress=progress,
     )
+    return checkpoint
+
+
+def test_loading_reports_every_byte(sharded: Path) -> None:
+    reports = list[tuple[int, int]]()
+    checkpoint = load_decoder(sharded, lambda loaded, total: reports.append((loaded, total)))
     total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     assert {report[1] for report in reports} == {total}
     assert reports[-1] == (total, total)
     assert reports == sorted(reports)
     assert len(reports) == len(checkpoint.tensors)
+
+
+def resident_bytes(path: Path) -> int:
+    """Of a mapped file, what this process holds in memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    mapped = [
+        next(each for each in lines if each.startswith("Rss"))
+        for line in lines
+        if line.endswith(str(path))
+    ]
+    return sum(int(line.split()[1]) * 1024 for line in mapped)
+
+
+def test_what_was_read_of_a_checkpoint_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker holds its weights once: not as pages of their file, too."""
+    megabyte = 1 << 20
+    monkeypatch.setattr(loader, "MAPPED_BYTES", 2 * megabyte)
+    large = partial(oracle.llama, hidden_size=256, intermediate_size=1024)
+    path = oracle.save(large, tmp_path / "large") / WEIGHTS
+    assert path.stat().st_size > 6 * megabyte
+    held = list[int]()
+    load_decoder(path.parent, lambda _loaded, _total: held.append(resident_bytes(path)))
+    assert megabyte <= max(held) <= 3 * megabyte, "with what the system reads ahead"
 
 
 def test_a_fingerprint_is_the_same_for_a_copy_and_differs_where_a_weight_does(

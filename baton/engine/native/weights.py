@@ -46,7 +46,7 @@ class Packed:
     """A matrix in the kernels' order; its memory goes with it."""
 
     def __init__(self, library: Library, form: Format, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` is [N, K], in float32 or bfloat16."""
+        """`weight` is [N, K]."""
         self._n, self._k = weight.shape
         num_rows = -(-self._n // PANEL) * PANEL
         num_bytes = library.packed_bytes(form, self._n, self._k)
@@ -162,8 +162,8 @@ class WeightPacker:
         return self._packed(weight, biases)
 
     def _tensor(self, name: str) -> Tensor:
-        exact = torch.bfloat16 if self._form is Format.BFLOAT16 else torch.float32
-        return self._source(name, exact)
+        # Quantizing takes float32, but a slice at a time.
+        return self._source(name, None if self._form is Format.INT8 else _DTYPES[self._form])
 
     def _gate_up(self, name: str) -> Matrix:
         parts = [f"{name}{part}_proj" for part in ("gate", "up")]
