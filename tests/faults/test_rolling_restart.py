@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(300)]
 
 WIDTH = 6
 TOKENS = 200
+LONGEST_WAIT_S = 5.0
+"""Between two messages of a stream."""
 
 
 class WorkerCommand:
@@ -134,7 +136,7 @@ async def test_a_rolling_restart_under_load_loses_and_changes_nothing(
     ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
     """Promise: a prefill worker leaves after its last pull, a decode worker hands its running requests to others, which pull their KV
-    and compute nothing again; so a rolling restart of the whole fleet fails no request and changes no token.
+    and compute nothing again; so a rolling restart of the whole fleet fails no request, changes no token and keeps nobody waiting.
     """
     async with AsyncExitStack() as stack:
         routers = [RouterProcess({"BATON_MODEL": str(TALES)}) for _ in range(2)]
@@ -171,4 +173,5 @@ async def test_a_rolling_restart_under_load_loses_and_changes_nothing(
     for result in moved:
         assert [each.prefill_worker for each in result.attempts[1:]] == [""], result.attempts
         assert result.timings.handoff_bytes > 0, "the KV came over"
-    print(f"{len(load.results)} requests, {len(moved)} moved, {max(load.gaps_s)=:.2f}")  # noqa: T201
+    # Far more than a move takes, on a busy machine too, and less than any timeout that would end a wait for who has left.
+    assert max(load.gaps_s) < LONGEST_WAIT_S
