@@ -7,12 +7,14 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from baton.client import AsyncClient, SamplingOptions
+from baton.client.types import Result
 from baton.engine.aio import AsyncEngine
 from baton.engine.sim import SimConfig, build_sim_engine
 from baton.service.settings import WorkerSettings
@@ -23,6 +25,7 @@ from decode_worker.worker import DecodeWorker
 pytestmark = pytest.mark.e2e
 
 SAMPLING = SamplingOptions(max_tokens=8, temperature=0.0, ignore_eos=True)
+SIM = SimConfig(num_blocks=256)
 CONNECTIONS = 24
 """The chance that one process gets all of them is one in eight million."""
 
@@ -55,7 +58,9 @@ async def router(port: int, store: Path) -> AsyncIterator[tuple[asyncio.subproce
 
 
 @asynccontextmanager
-async def routers(store: Path) -> AsyncIterator[tuple[str, list[asyncio.subprocess.Process]]]:
+async def routers(
+    store: Path, sim: SimConfig = SIM
+) -> AsyncIterator[tuple[str, list[asyncio.subprocess.Process]]]:
     """The address of two, with a worker that is a member of both."""
     async with AsyncExitStack() as stack:
         holder = stack.enter_context(socket.socket())
@@ -64,7 +69,7 @@ async def routers(store: Path) -> AsyncIterator[tuple[str, list[asyncio.subproce
         port = holder.getsockname()[1]
         started = [await stack.enter_async_context(router(port, store)) for _ in range(2)]
         settings = WorkerSettings(routers=tuple(address for _, address in started))
-        engine = AsyncEngine(partial(build_sim_engine, SimConfig(num_blocks=256)), name="decode")
+        engine = AsyncEngine(partial(build_sim_engine, sim), name="decode")
         transport = MemoryTransport(MemorySources(), ByteCredits(1 << 20))
         worker = DecodeWorker(settings, engine, transport)
         await worker.start()
@@ -110,3 +115,35 @@ async def test_a_process_that_dies_leaves_the_port_to_the_other(tmp_path: Path) 
             async with AsyncClient(address) as client:
                 answer = await client.complete([1, 2, 3], sampling=SAMPLING)
                 assert len(answer.token_ids) == 8
+
+
+async def test_streams_of_a_process_that_dies_go_on_at_the_same_address(tmp_path: Path) -> None:
+    """Promise: no token is lost or told twice, though the clients know one address only."""
+    sampling = SamplingOptions(max_tokens=60, seed=3, ignore_eos=True)
+    begun = asyncio.Barrier(CONNECTIONS + 1)
+
+    async def stream(address: str) -> Result:
+        seen = 0
+        async with (
+            AsyncClient(address) as client,
+            client.generate([1, 2, 3], sampling=sampling) as stream,
+        ):
+            async for chunk in stream:
+                seen += len(chunk.token_ids)
+                if seen == len(chunk.token_ids):
+                    await begun.wait()
+            return stream.result
+
+    slow = replace(SIM, step_s=0.02)
+    async with (
+        asyncio.timeout(60),
+        routers(tmp_path / "sessions.db", slow) as (address, processes),
+    ):
+        async with AsyncClient(address) as client:
+            undisturbed = await client.complete([1, 2, 3], sampling=sampling)
+        streams = [asyncio.create_task(stream(address)) for _ in range(CONNECTIONS)]
+        await begun.wait()
+        processes[0].kill()
+        for result in await asyncio.gather(*streams):
+            assert result.token_ids == undisturbed.token_ids
+            assert result.finish_reason == undisturbed.finish_reason
