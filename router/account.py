@@ -23,7 +23,7 @@ from baton.errors import (
 from baton.lifecycle import Event, Timeline
 from baton.service.metrics import NO_OBJECTIVES, Objectives, RouterMetrics, outcome_of
 from baton.service.tracing import NO_SPAN, Span
-from router.answer import Answer
+from router.answer import NOTHING, Answer, Resumption
 from router.sessions.turn import Turn
 from router.status.traffic import Meter
 from router.validation import ValidRequest
@@ -52,7 +52,11 @@ class Account:
     refused_id: str = ""
     """Of a request that its front could not read."""
     request: ValidRequest | None = None
+    resumption: Resumption = NOTHING
+    """What was there of the answer before."""
     answer: Answer | None = None
+    heard_s: dict[int, float] = field(default_factory=dict)
+    """When each completion's last message with tokens was written, since the request came."""
     turn: Turn | None = None
     """Set where the request is a session's turn."""
     error: BatonError | None = None
@@ -82,8 +86,15 @@ class Account:
         return 0 if self.answer is None else self.answer.completion_tokens
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the answer was begun, or given, before: how long its client waited is not known."""
+        return self.resumption is not NOTHING
+
+    @property
     def objectives(self) -> Objectives:
         """What the request is wanted to keep to."""
+        if self.goes_on:
+            return NO_OBJECTIVES
         own_ttft_s = None if self.request is None else self.request.ttft_slo_s
         return self.targets if own_ttft_s is None else replace(self.targets, ttft_s=own_ttft_s)
 
@@ -102,13 +113,16 @@ class Account:
             self.error = InternalError("a bug")
             raise
         finally:
+            new = not self.resumption.is_told_again
             metrics.record_request(
                 self.timeline,
                 self.error,
-                prompt_tokens=self.prompt_tokens,
-                cached_tokens=self.cached_tokens,
-                completion_tokens=self.completion_tokens,
+                prompt_tokens=self.prompt_tokens if new else 0,
+                cached_tokens=self.cached_tokens if new else 0,
+                completion_tokens=max(0, self.completion_tokens - self.resumption.earlier_tokens),
+                longest_tokens=0 if self.answer is None else self.answer.longest_tokens,
                 objectives=self.objectives,
+                goes_on=self.goes_on,
             )
             self._log_end()
 

@@ -51,6 +51,17 @@ class Resumption:
         """What is left of the time that the request was first given."""
         return self.deadline_unix_s - now_unix_s
 
+    @property
+    def is_told_again(self) -> bool:
+        """Whether nothing of it is new."""
+        return self.complete is not None
+
+    @property
+    def earlier_tokens(self) -> int:
+        """Of the output, those that were generated before."""
+        complete = 0 if self.complete is None else len(self.complete.tokens.token_ids)
+        return complete + sum(held.end_index for held in self.held.values())
+
 
 NOTHING = Resumption({}, ())
 
@@ -125,6 +136,11 @@ class Answer:
     @property
     def completion_tokens(self) -> int:
         return sum(len(output.generated) for output in self.outputs)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of its longest completion."""
+        return max(len(output.generated) for output in self.outputs)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Outputs]:

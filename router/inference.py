@@ -39,7 +39,7 @@ from baton.service.tracing import Origin, Tracing
 from baton.types import TokenChunk
 from baton.v1 import inference_pb2 as pb
 from router.account import Account
-from router.answer import NOTHING, Answer, Resumption
+from router.answer import Answer, Resumption
 from router.attach import HeldAttempt, find_held
 from router.chat import ChatTurn
 from router.fleet import Fleet
@@ -140,9 +140,8 @@ class Inference:
             async with turn as account.turn, account.bounded(deadline_s):
                 facts = await self._facts()
                 account.model = facts.model
-                resumption = NOTHING
                 if account.turn is not None and account.turn.is_past:
-                    request, resumption = repeat(request, account.turn)
+                    request, account.resumption = repeat(request, account.turn)
                 valid = account.request = await self._parse(request, facts, caller, account.turn)
                 bind(request=valid.request_id)
                 account.stage = "admission"
@@ -151,8 +150,8 @@ class Inference:
                     raise DeadlineError(account.stage)
                 hashes = SequenceHashes(valid.prompt, valid.cache_salt)
                 demand = self._demand(valid, account.timeline, deadline_s)
-                if resumption.complete is not None:
-                    demand = _admitted_once(valid.tenant, resumption)
+                if account.resumption.is_told_again:
+                    demand = _admitted_once(valid.tenant, account.resumption)
                 entry = self._table.enter(
                     valid.request_id,
                     demand,
@@ -160,9 +159,7 @@ class Inference:
                     completion_tokens=lambda: account.completion_tokens,
                 )
                 async with entry:
-                    await self._answer(
-                        facts, account, stream, hashes, deadline_s=deadline_s, resumption=resumption
-                    )
+                    await self._answer(facts, account, stream, hashes, deadline_s=deadline_s)
 
     async def attach(
         self,
@@ -187,8 +184,9 @@ class Inference:
                 facts = await self._facts()
                 account.model = facts.model
                 account.stage = "attach"
-                valid, resumption = resume(request, await self._find(request.request_id, tenant))
-                account.request = valid
+                found = await self._find(request.request_id, tenant)
+                valid, resumption = resume(request, found)
+                account.request, account.resumption = valid, resumption
                 bind(request=valid.request_id)
                 deadline_s = min(deadline_s, now_s + resumption.left_s(time.time()))
                 entry = self._table.enter(
@@ -209,7 +207,6 @@ class Inference:
                         stream,
                         SequenceHashes(valid.prompt, valid.cache_salt),
                         deadline_s=deadline_s,
-                        resumption=resumption,
                     )
 
     def cancel(self, request_id: str, caller: Caller) -> None:
@@ -356,7 +353,6 @@ class Inference:
         hashes: SequenceHashes,
         *,
         deadline_s: float,
-        resumption: Resumption = NOTHING,
     ) -> None:
         valid = account.request
         assert valid is not None
@@ -373,7 +369,7 @@ class Inference:
             meter=account.meter,
             timeline=account.timeline,
             deadline_s=deadline_s,
-            resumption=resumption,
+            resumption=account.resumption,
             hashes=hashes,
             span=account.span,
         )
@@ -422,12 +418,14 @@ class Inference:
             return
         timeline, count, now_s = account.timeline, len(piece.tokens.token_ids), time.monotonic()
         age_s = now_s - timeline.received_s
-        last_s = timeline.at_s(Event.LAST_TOKEN)
-        if last_s is None:
-            account.meter.first_tokens(count, now_s, ttft_s=age_s)
-        else:
+        last_s, account.heard_s[piece.choice] = account.heard_s.get(piece.choice), age_s
+        if last_s is not None and not account.resumption.is_told_again:
             self._metrics.record_token_gap(age_s - last_s)
             account.meter.tokens(count, now_s, gap_s=age_s - last_s)
+        elif timeline.at_s(Event.FIRST_TOKEN) is None and not account.goes_on:
+            account.meter.first_tokens(count, now_s, ttft_s=age_s)
+        elif not account.resumption.is_told_again:
+            account.meter.tokens(count, now_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
 
@@ -436,7 +434,6 @@ def _admitted_once(tenant: str, resumption: Resumption) -> Demand:
     """Of a request that goes on, or is told again: it waits for a place, but nothing refuses it for being late, or for its tokens, of which
     its tenant pays for those that are yet to be generated.
     """
-    generated = sum(held.end_index for held in resumption.held.values())
-    if resumption.complete is not None:
-        generated += len(resumption.complete.tokens.token_ids)
-    return Demand(tenant=tenant, prompt_tokens=0, max_tokens=0, generated_tokens=generated)
+    return Demand(
+        tenant=tenant, prompt_tokens=0, max_tokens=0, generated_tokens=resumption.earlier_tokens
+    )

@@ -86,13 +86,14 @@ class Meter:
     def __init__(self, parts: Iterable[Traffic] = ()) -> None:
         self._parts = tuple(parts)
 
-    def tokens(self, count: int, now_s: float, *, gap_s: float) -> None:
-        """A message with so many tokens, so long after the one before."""
-        bucket = bucket_of(gap_s)
+    def tokens(self, count: int, now_s: float, *, gap_s: float | None = None) -> None:
+        """A message with so many tokens, so long after the one before; None where there was none."""
+        bucket = None if gap_s is None else bucket_of(gap_s)
         for part in self._parts:
             slot = part.slot(now_s)
-            slot.itl[bucket] += 1
             slot.completion_tokens += count
+            if bucket is not None:
+                slot.itl[bucket] += 1
 
     def first_tokens(self, count: int, now_s: float, *, ttft_s: float) -> None:
         """The first message with tokens, so long after the request."""

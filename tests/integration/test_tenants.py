@@ -216,6 +216,9 @@ async def test_an_answer_that_is_told_again_is_paid_once(keys: Keys) -> None:
         async for response in here.inference.Attach(attach, metadata=bearing(ours), timeout=20):
             again.add(response)
         assert again.tokens == told.tokens
+        registry = here.app.metrics.registry
+        assert registry.get_sample_value("baton_completion_tokens_total") == 200
+        assert registry.get_sample_value("baton_time_to_first_token_seconds_count") == 1
         # 90 and 200 of 400 are taken, and that is what 90 and 20 leave room for.
         await ask(here, ours, max_tokens=20)
         with pytest.raises(CapacityError, match="rate"):

@@ -11,6 +11,7 @@ from baton.engine.sim import SimConfig, build_sim_engine
 from baton.errors import CapacityError, UnauthenticatedError, UnavailableError
 from baton.lifecycle import SPLIT_STAGES, Event, Timeline
 from baton.service.metrics import (
+    NO_OBJECTIVES,
     MetricsServer,
     Objectives,
     RouterMetrics,
@@ -61,6 +62,7 @@ def router() -> RouterMetrics:
         prompt_tokens=10,
         cached_tokens=4,
         completion_tokens=5,
+        longest_tokens=5,
         objectives=Objectives(ttft_s=1.0, tpot_s=0.1),
     )
     metrics.record_attempt(None, "decode")
@@ -139,9 +141,40 @@ def test_a_failed_request_counts_by_its_reason() -> None:
         prompt_tokens=10,
         cached_tokens=0,
         completion_tokens=0,
+        longest_tokens=0,
     )
     assert value(metrics, "baton_requests_total", outcome="no_capacity") == 1
     assert value(metrics, "baton_request_seconds_count") == 0
+
+
+def measured(completion_tokens: int, longest_tokens: int, *, goes_on: bool) -> RouterMetrics:
+    metrics, timeline = RouterMetrics(), Timeline(received_s=0.0)
+    timeline.record(Event.FIRST_TOKEN, 0.5)
+    timeline.record(Event.LAST_TOKEN, 2.5)
+    metrics.record_request(
+        timeline,
+        None,
+        prompt_tokens=10,
+        cached_tokens=0,
+        completion_tokens=completion_tokens,
+        longest_tokens=longest_tokens,
+        objectives=NO_OBJECTIVES if goes_on else Objectives(ttft_s=1.0, tpot_s=0.1),
+        goes_on=goes_on,
+    )
+    return metrics
+
+
+def test_the_time_for_a_token_is_that_of_one_completion_however_many_there_are() -> None:
+    metrics = measured(20, 5, goes_on=False)
+    assert value(metrics, "baton_time_per_output_token_seconds_sum") == 0.5
+    assert value(metrics, "baton_slo_requests_total", objective="tpot", outcome="missed") == 1
+
+
+def test_an_answer_that_goes_on_says_nothing_of_how_long_its_client_waited() -> None:
+    metrics = measured(100, 1000, goes_on=True)
+    assert value(metrics, "baton_completion_tokens_total") == 100
+    assert value(metrics, "baton_time_to_first_token_seconds_count") == 0
+    assert value(metrics, "baton_time_per_output_token_seconds_count") == 0
 
 
 def test_workers_that_left_are_no_longer_counted() -> None:

@@ -134,7 +134,7 @@ def test_the_routers_times_to_the_first_token_are_read_from_its_histogram() -> N
         timeline = Timeline(received_s=0.0)
         timeline.record(Event.FIRST_TOKEN, ttft_s)
         metrics.record_request(
-            timeline, None, prompt_tokens=1, cached_tokens=0, completion_tokens=1
+            timeline, None, prompt_tokens=1, cached_tokens=0, completion_tokens=1, longest_tokens=1
         )
     after = buckets(metrics.registry, name)
     told = report(replace(START, ttft_s=before), replace(START, at_s=110.0, ttft_s=after))

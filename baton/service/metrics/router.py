@@ -175,17 +175,21 @@ class RouterMetrics(MetricsServer):
         prompt_tokens: int,
         cached_tokens: int,
         completion_tokens: int,
+        longest_tokens: int,
         objectives: Objectives = NO_OBJECTIVES,
+        goes_on: bool = False,
     ) -> None:
-        """Counts a request at its end, and times its stages by its lifecycle events."""
+        """Counts a request at its end, and times its stages by its lifecycle events. `longest_tokens` are those of its longest completion;
+        `completion_tokens` those of all that are new. Where it `goes_on` with an answer, the first token was another's.
+        """
         self._requests(outcome_of(error)).inc()
         self._tokens["completion"].inc(completion_tokens)
         self.record_stages(timeline.durations(REQUEST_STAGES))
-        ttft_s = timeline.at_s(Event.FIRST_TOKEN)
+        ttft_s = None if goes_on else timeline.at_s(Event.FIRST_TOKEN)
         tpot_s = None
         generating_s = timeline.between_s(Event.FIRST_TOKEN, Event.LAST_TOKEN)
-        if generating_s is not None and completion_tokens > 1:
-            tpot_s = generating_s / (completion_tokens - 1)
+        if generating_s is not None and longest_tokens > 1 and not goes_on:
+            tpot_s = generating_s / (longest_tokens - 1)
         self._observe("time_to_first_token", ttft_s)
         kept = attainment(objectives, error, ttft_s=ttft_s, tpot_s=tpot_s)
         for objective, met in (("ttft", kept.ttft), ("tpot", kept.tpot)):
