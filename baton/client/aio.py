@@ -242,7 +242,9 @@ class AsyncClient:
     async def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
         """Ends a request of the same tenant, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none is."""
         request = pb.CancelRequest(request_id=request_id)
-        await ask_async(self._routers, lambda to: to.inference.Cancel, request, timeout_s)
+        await ask_async(
+            self._routers, lambda to: to.inference.Cancel, request, timeout_s, anywhere=True
+        )
 
     async def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
         """Describes the served model and the workers that serve it now."""

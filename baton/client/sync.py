@@ -32,6 +32,7 @@ from baton.client.wire import (
     model_info,
     new_request_id,
 )
+from baton.errors import CancelledError
 from baton.v1 import inference_pb2 as pb
 
 
@@ -74,6 +75,9 @@ class Stream:
                 if retry.elsewhere:
                     self._routers.move_on(self._router)
                 self._call = self._start(retry.message)
+                if self._closed.is_set():
+                    # By another thread, which knew the call before.
+                    self._call.cancel()
             else:
                 self._collector.check_ended()
                 return
@@ -83,10 +87,14 @@ class Stream:
     ) -> "grpc.CallIterator[pb.GenerateResponse]":
         router = self._router = self._routers.current
         timeout_s = None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
-        metadata = self._metadata
-        if isinstance(message, pb.AttachRequest):
-            return router.inference.Attach(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]  # untyped stubs
-        return router.inference.Generate(message, timeout=timeout_s, metadata=metadata)  # type: ignore[no-any-return]
+        is_attach = isinstance(message, pb.AttachRequest)
+        method = router.inference.Attach if is_attach else router.inference.Generate
+        try:
+            return method(message, timeout=timeout_s, metadata=self._metadata)  # type: ignore[no-any-return]  # untyped stubs
+        except ValueError:
+            if not self._routers.closed:
+                raise
+            raise CancelledError("the client is closed") from None
 
     def read(self) -> Result:
         """Waits for the end."""
@@ -227,7 +235,7 @@ class Client:
     def cancel(self, request_id: str, *, timeout_s: float | None = 10.0) -> None:
         """Ends a request of the same tenant, whoever started it; its stream raises `CancelledError`. `NotFoundError` where none is."""
         request = pb.CancelRequest(request_id=request_id)
-        ask(self._routers, lambda to: to.inference.Cancel, request, timeout_s)
+        ask(self._routers, lambda to: to.inference.Cancel, request, timeout_s, anywhere=True)
 
     def model(self, name: str = "", *, timeout_s: float | None = 10.0) -> ModelInfo:
         """Describes the served model and the workers that serve it now."""

@@ -13,16 +13,25 @@ from typing import Any
 import grpc
 
 from baton.client.recovery import Routers, Services, call_error
-from baton.errors import CancelledError, DrainingError, UnavailableError
+from baton.errors import CancelledError, DrainingError, NotFoundError, UnavailableError
 from baton.service.status import said_by_peer
 
 Pick = Callable[[Services], Any]
 """The method to call; the stubs are not typed, and nor is what it returns."""
 
 
-def ask(routers: Routers, pick: Pick, request: object, timeout_s: float | None) -> Any:
-    """The answer. `timeout_s` is for all tries. Raises the `BatonError` of the last one."""
-    tries = _Tries(routers, timeout_s)
+def ask(
+    routers: Routers,
+    pick: Pick,
+    request: object,
+    timeout_s: float | None,
+    *,
+    anywhere: bool = False,
+) -> Any:
+    """The answer. `timeout_s` is for all tries. Raises the `BatonError` of the last one. What is asked for may be `anywhere`: where one
+    router does not have it, the others are asked.
+    """
+    tries = _Tries(routers, timeout_s, anywhere=anywhere)
     while True:
         try:
             return pick(tries.router)(request, timeout=tries.left_s(), metadata=routers.metadata)
@@ -30,9 +39,16 @@ def ask(routers: Routers, pick: Pick, request: object, timeout_s: float | None) 
             tries.failed(error)
 
 
-async def ask_async(routers: Routers, pick: Pick, request: object, timeout_s: float | None) -> Any:
+async def ask_async(
+    routers: Routers,
+    pick: Pick,
+    request: object,
+    timeout_s: float | None,
+    *,
+    anywhere: bool = False,
+) -> Any:
     """See `ask`."""
-    tries = _Tries(routers, timeout_s)
+    tries = _Tries(routers, timeout_s, anywhere=anywhere)
     while True:
         try:
             with closing_told():
@@ -60,8 +76,10 @@ def closing_told() -> Iterator[None]:
 class _Tries:
     """Of one call."""
 
-    def __init__(self, routers: Routers, timeout_s: float | None) -> None:
+    def __init__(self, routers: Routers, timeout_s: float | None, *, anywhere: bool) -> None:
         self._routers = routers
+        self._anywhere = anywhere
+        self._absent: NotFoundError | None = None
         self.router, *others = routers.each()
         self._others = others or [self.router]
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -74,7 +92,15 @@ class _Tries:
         typed = call_error(error, closed=self._routers.closed)
         # Of itself, a router says so by draining only: what else is unavailable is so at all of them.
         lost = isinstance(typed, DrainingError if said_by_peer(error) else UnavailableError)
-        if not lost or not self._others:
+        absent = self._anywhere and isinstance(typed, NotFoundError)
+        if isinstance(typed, NotFoundError):
+            self._absent = typed
+        if absent and self._others == [self.router]:
+            self._others.clear()
+        if not (lost or absent):
             raise typed from error
-        self._routers.move_on(self.router)
+        if not self._others:
+            raise self._absent or typed from error
+        if lost:
+            self._routers.move_on(self.router)
         self.router = self._others.pop(0)

@@ -6,14 +6,16 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
 from baton.client import AsyncClient, ChatMessage, Client, SamplingOptions
+from baton.client.sync import Stream
 from baton.errors import (
     CancelledError,
     CapacityError,
@@ -272,6 +274,48 @@ def test_closing_from_another_thread_ends_the_stream(
     assert len(router.seen) == 1
 
 
+@pytest.mark.parametrize("what", ["stream", "client"])
+def test_closing_while_a_stream_is_asked_for_anew_ends_it(
+    address: str, router: ScriptedRouter, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: as above, at any instant of a recovery: the call that another thread does not know of yet is not left behind."""
+    lost, clients = ScriptedRouter(), list[Client]()
+    start = Stream._start
+
+    def close_first(stream: Stream, message: Any) -> Any:
+        if lost.seen:
+            (stream if what == "stream" else clients[0]).close()
+        return start(stream, message)
+
+    monkeypatch.setattr(Stream, "_start", close_first)
+    with ExitStack() as running:
+        first = running.enter_context(serve(lost))
+        with Client(f"{first},{address}") as client:
+            clients.append(client)
+            chunks = iter(client.generate("wait"))
+            next(chunks)
+            running.close()
+            with pytest.raises(CancelledError):
+                next(chunks)
+            assert not router.seen or router.ended.wait(5)
+
+
+@pytest.mark.parametrize("client_kind", [Client, AsyncClient])
+async def test_a_request_is_cancelled_at_whichever_router_has_it(
+    address: str, client_kind: type[Client | AsyncClient]
+) -> None:
+    """Promise: not found is what no router has, not what the one in use has not."""
+    with serve(ScriptedRouter()) as other, Client(address) as theirs:
+        chunks = iter(theirs.generate("wait", request_id="r"))
+        next(chunks)
+        client = client_kind(f"{other},{address}")
+        for ending in (client.cancel("r"), client.close()):
+            if ending is not None:
+                await ending
+        with pytest.raises(CancelledError):
+            next(chunks)
+
+
 def test_cancelling_an_unknown_request_is_not_found(client: Client) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.cancel("nobody")
@@ -351,16 +395,16 @@ async def test_a_call_goes_on_at_the_next_router_where_one_is_lost_or_drains(
                 assert client.model().model == "m"
             with pytest.raises(NotFoundError):
                 client.cancel("r")
-        assert (leaving.asked, router.asked) == (1, 4)
+        assert (leaving.asked, router.asked) == (2, 4)
         async with AsyncClient(addresses) as async_client:
             for _ in range(3):
                 assert (await async_client.model()).model == "m"
             with pytest.raises(NotFoundError):
                 await async_client.cancel("r")
-        assert (leaving.asked, router.asked) == (2, 8)
+        assert (leaving.asked, router.asked) == (4, 8)
         with Client(f"{draining},{gone}") as client, pytest.raises(UnavailableError):
             client.model()
-        assert leaving.asked == 3
+        assert leaving.asked == 5
 
 
 @pytest.mark.parametrize("moves", [False, True])
