@@ -133,10 +133,11 @@ class OpenAiTarget:
                     return
                 record.request_id = response.headers.get("x-request-id", "")
                 await _read(response, record)
+        # Before TimeoutError, of which the second is a kind.
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            record.failed("CONNECTION", _told(error), lost=True)
         except TimeoutError:
             record.failed("TIMEOUT", f"no end within {self._options.timeout_s:g} s")
-        except aiohttp.ClientConnectorError as error:
-            record.failed("CONNECTION", _told(error), lost=True)
         except (aiohttp.ClientError, OSError) as error:
             record.failed("DISCONNECTED", _told(error), lost=True)
 

@@ -127,8 +127,9 @@ def level_lines(measured: Measured, figures: Figures) -> list[str]:
     if figures.errors:
         told = ", ".join(f"{count} {escape(status)}" for status, count in figures.errors.items())
         lines.append(f"[red]errors      {told}[/]")
-        first = next(record for record in measured.records if record.message)
-        lines.append(f"[red]the first   {escape(first.message)}[/]")
+        first = next((record.message for record in measured.records if record.message), "")
+        if first:
+            lines.append(f"[red]the first   {escape(first)}[/]")
     lines += [f"[yellow]beware      {warning}[/]" for warning in _warnings(measured, figures)]
     return lines
 

@@ -77,7 +77,12 @@ class Conversation:
             else:
                 return
         self._session = self._client.sessions.create()
-        self._stream([*self._opening, *self.turns, asked], self._session, said)
+        try:
+            self._stream([*self._opening, *self.turns, asked], self._session, said)
+        except BatonError:
+            # The session is as empty as it was made: it lacks all that the next turn would leave out.
+            self.close()
+            raise
 
     def _stream(self, messages: list[ChatMessage], session: Session, said: list[str]) -> None:
         with self._client.generate(

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count, islice
 
 from baton.service.access import Caller
 from router.account import Account
@@ -29,16 +30,19 @@ class _Part:
     """Everybody's, or one tenant's."""
 
     def __init__(self) -> None:
-        self.live: dict[Account, None] = {}
-        self.just_ended: deque[tuple[Account, float, float]] = deque(maxlen=MAX_ENDED)
-        """With their end, on the monotonic clock and since the Unix epoch."""
+        self.serials = count(1)
+        """Of this part's own: a tenant does not learn from them how many requests others send."""
+        self.live: dict[Account, int] = {}
+        """With their serial numbers."""
+        self.just_ended: deque[tuple[Account, int, float, float]] = deque(maxlen=MAX_ENDED)
+        """With their serial numbers, and their end, on the monotonic clock and since the Unix epoch."""
         self._ended: deque[RequestStatus] = deque(maxlen=MAX_ENDED)
         self.traffic = Traffic()
 
     def ended(self) -> tuple[RequestStatus, ...]:
         """The latest first. No account of them is kept any more."""
-        for account, at_s, at_unix_s in self.just_ended:
-            self._ended.appendleft(request_status(account, at_s, at_unix_s, ended=True))
+        for account, serial, at_s, at_unix_s in self.just_ended:
+            self._ended.appendleft(request_status(account, serial, at_s, at_unix_s, ended=True))
         self.just_ended.clear()
         return tuple(self._ended)
 
@@ -56,7 +60,7 @@ class Activity:
         parts = self._parts.of(account.tenant)
         account.meter = Meter(part.traffic for part in parts)
         for part in parts:
-            part.live[account] = None
+            part.live[account] = next(part.serials)
         try:
             yield
         finally:
@@ -66,8 +70,8 @@ class Activity:
             if not self._unsettled:
                 asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
             for part in parts:
-                del part.live[account]
-                part.just_ended.append((account, now_s, now_unix_s))
+                serial = part.live.pop(account)
+                part.just_ended.append((account, serial, now_s, now_unix_s))
                 self._unsettled[part] = None
 
     def _settle(self) -> None:
@@ -80,11 +84,13 @@ class Activity:
         part = self._parts.seen_by(caller)
         now_s, now_unix_s = time.monotonic(), time.time()
         running = sum(account.is_admitted for account in part.live)
-        shown = [account for _, account in zip(range(MAX_LIVE), part.live, strict=False)]
+        shown = islice(part.live.items(), MAX_LIVE)
         return RequestsStatus(
             running=running,
             queued=len(part.live) - running,
-            live=tuple(request_status(account, now_s, now_unix_s) for account in shown),
+            live=tuple(
+                request_status(account, serial, now_s, now_unix_s) for account, serial in shown
+            ),
             ended=part.ended(),
         )
 

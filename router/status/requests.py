@@ -17,13 +17,14 @@ MAX_ATTEMPTS = 16
 
 
 def request_status(
-    account: Account, now_s: float, now_unix_s: float, *, ended: bool = False
+    account: Account, serial: int, now_s: float, now_unix_s: float, *, ended: bool = False
 ) -> RequestStatus:
     """`now_s` is the monotonic clock, on which the account is kept."""
     timeline, request = account.timeline, account.request
     received_s = timeline.received_s
     attempts = [] if account.answer is None else _attempts(account.answer.generations)
     return RequestStatus(
+        serial=serial,
         request_id=account.refused_id if request is None else request.request_id,
         tenant=account.tenant,
         state=state_of(account, ended=ended),

@@ -154,6 +154,8 @@ class AttemptStatus(_Documented):
 class RequestStatus(_Documented):
     """A request, live or ended. Times that are not told as Unix times are seconds after it was received."""
 
+    serial: int
+    """Which of all requests of this view it is, in order of receipt: tells those apart that have one id, or none."""
     request_id: str
     """Empty until it is validated."""
     tenant: str

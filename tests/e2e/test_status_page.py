@@ -1,6 +1,8 @@
 """The status page in a real browser: a loaded fleet in real processes, by keyboard, on a phone, in the dark, and in trouble."""
 
+import asyncio
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
+from baton.client import AsyncClient
+from baton.errors import BatonError
 from baton.service.keys import TenantLimits, add_key, new_key
 from tests.screenshots import browser, open_page
 from tests.watched import Watched, loaded, until_busy, watched_fleet, watched_router
@@ -147,6 +151,36 @@ def test_the_focus_goes_with_the_row_that_has_it(busy: Watched, fresh: OpenPage)
         f"{busy.url}/page/dom.js",
     )
     assert focused == ["b", "b", "b", ""]
+
+
+def test_requests_without_an_id_have_one_row_each(fresh: OpenPage) -> None:
+    """Promise: also those that were received, and refused, at one moment; new data adds none."""
+    many = 4
+    with watched_router() as watched:
+        # Playwright's loop runs in this thread.
+        asking = threading.Thread(
+            target=lambda: asyncio.run(_ask_in_vain(watched.router.address, many))
+        )
+        asking.start()
+        asking.join(20)
+        page = open_page(fresh(watched.url), watched)
+        ids = page.locator(".row .id")
+        expect(ids).to_have_text(["not read yet"] * many)
+        for _ in range(2):
+            with page.expect_response("**/status"):
+                pass
+        page.wait_for_timeout(100)
+        expect(ids).to_have_count(many)
+        # The router's end would cut the next answer off.
+        page.close()
+
+
+async def _ask_in_vain(address: str, times: int) -> None:
+    async with AsyncClient(address) as client:
+        # No worker has joined: they wait until their time is over, and nobody has read them.
+        asked = [client.complete([1], timeout_s=0.2) for _ in range(times)]
+        failures = await asyncio.gather(*asked, return_exceptions=True)
+    assert all(isinstance(failure, BatonError) for failure in failures)
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])

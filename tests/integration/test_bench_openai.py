@@ -1,13 +1,15 @@
 """The load generator against foreign servers with OpenAI's API."""
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
 
+from baton.bench import openai_target
 from baton.bench.figures import figures_of
 from baton.bench.openai_target import OpenAiTarget
 from baton.bench.prompts import Planned
@@ -140,6 +142,28 @@ async def test_a_server_that_dies_is_lost() -> None:
         await target.send(target.prepare(planned), record)
     assert (record.status, record.lost) == ("CONNECTION", True)
     assert record.message
+
+
+async def test_a_server_that_cannot_be_connected_to_in_time_is_lost(
+    foreign: Foreign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes no connection is not one that answers late."""
+    monkeypatch.setattr(openai_target, "CONNECT_S", 0.2)
+    record = Record(index=0, scheduled_s=0.0)
+    with ExitStack() as open_:
+        deaf = open_.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        # Once its backlog is full, the kernel answers no further connection.
+        for _ in range(4):
+            filler = open_.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        async with OpenAiTarget(f"http://127.0.0.1:{foreign.port}", Options()) as target:
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1/completions"
+            await target.send((url, b"{}"), record)
+    assert (record.status, record.lost) == ("CONNECTION", True)
+    assert "Connection timeout" in record.message
 
 
 async def test_https_checks_the_server_and_shows_the_clients_certificate(tmp_path: Path) -> None:

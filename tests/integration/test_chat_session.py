@@ -10,7 +10,7 @@ import pytest
 from baton.cli.chat import Conversation
 from baton.cli.config import shipped_model
 from baton.client import Client, SamplingOptions, Session, SessionState
-from baton.errors import NotFoundError
+from baton.errors import InvalidRequestError, NotFoundError
 from router.text import Tokenizer
 from tests.integration.test_router_sessions import house
 from tests.worker_rig import SIM
@@ -111,6 +111,36 @@ async def test_what_was_said_before_an_answer_was_stopped_stays(
         conversation.ask("Why?")
         assert only(client).turns == 1
         assert len(conversation.turns) == 4
+        conversation.close()
+
+    await within(act)
+
+
+async def test_a_turn_that_failed_costs_the_next_one_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: the system prompt and what was said go along again, where they were to open a session and did not; no session is left."""
+
+    def act() -> None:
+        conversation, undisturbed = talk(client), talk(client)
+
+        def ask_in_vain() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(conversation, "_sampling", replace(SAMPLING, temperature=-1.0))
+                with pytest.raises(InvalidRequestError):
+                    conversation.ask("Who?")
+            assert [*client.sessions.list()] == []
+
+        ask_in_vain()
+        undisturbed.ask("Who has the hat?")
+        undisturbed.close()
+        conversation.ask("Who has the hat?")
+        before = prompt_tokens(conversation)
+        assert before == prompt_tokens(undisturbed)
+        client.sessions.close(only(client))
+        ask_in_vain()
+        conversation.ask("Why?")
+        assert prompt_tokens(conversation) > before + 8
         conversation.close()
 
     await within(act)

@@ -179,6 +179,29 @@ async def test_what_waits_is_queued_and_both_lists_are_bounded() -> None:
         assert len(seen(here).requests.ended) == MAX_ENDED
 
 
+async def test_a_request_keeps_its_serial_number_and_shares_it_with_none() -> None:
+    """Promise: whatever its id, in order of receipt, live and ended alike."""
+    hold = asyncio.Event()
+
+    async def holds(stage: str) -> None:
+        if stage.startswith("token"):
+            await hold.wait()
+
+    async with cluster(lease_s=10.0) as here:
+        await here.decode("d0", holds)
+        calls = [asyncio.create_task(here.generate(max_tokens=1)) for _ in range(3)]
+        await here.until(lambda: seen(here).requests.running == 3)
+        live = seen(here).requests.live
+        assert [each.serial for each in live] == [1, 2, 3]
+        with pytest.raises(Exception, match="min_p"):
+            await here.generate(min_p=7.0)
+        hold.set()
+        await asyncio.gather(*calls)
+        await here.settled()
+        told = {each.serial: each.request_id for each in seen(here).requests.ended}
+        assert told == {each.serial: each.request_id for each in live} | {4: ""}
+
+
 async def test_workers_are_told_with_their_load_and_their_state() -> None:
     async with cluster() as here:
         worker = await here.decode("d0")
@@ -278,6 +301,9 @@ async def test_a_tenant_sees_its_own_and_an_administrator_everything(tmp_path: P
         assert [r.request_id for r in acme.requests.ended] == ["acme-1"]
         assert [r.request_id for r in bolt.requests.ended] == ["bolt-1"]
         assert [r.request_id for r in all_of_it.requests.ended] == ["bolt-1", "acme-1"]
+        # Serial numbers tell a tenant nothing of others' requests.
+        assert [r.serial for r in bolt.requests.ended] == [1]
+        assert [r.serial for r in all_of_it.requests.ended] == [2, 1]
         assert "bolt" not in SNAPSHOT.dump_json(acme).decode()
         assert (acme.fleet, acme.tenant, acme.sessions.recent) == (None, "acme", ())
         assert (acme.sessions.idle, acme.traffic.ttft.count) == (None, 1)

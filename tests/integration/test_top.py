@@ -17,6 +17,7 @@ from tests.integration.router_fakes import request
 from tests.integration.sim_house import prompt_of
 
 SIZE = (150, 46)
+MANY = 4
 
 
 @asynccontextmanager
@@ -88,6 +89,19 @@ async def test_keys_sort_the_table_that_has_the_focus_and_the_cursor_stays_on_it
             assert order() == ["r0", "r2", "r1"], "another table's key"
             await pilot.click("#requests", offset=(3, 1))
             assert order() == ["r0", "r1", "r2"], "by the heading that was clicked"
+
+
+async def test_requests_without_an_id_have_rows_of_their_own() -> None:
+    """Promise: also those that were received, and refused, at one moment."""
+    async with http_house(0, 1) as here:
+        refused = [here.house.generate(1, min_p=7.0) for _ in range(MANY)]
+        await asyncio.gather(*refused, return_exceptions=True)
+        async with watching(here) as (top, pilot):
+            await until(pilot, lambda: len(shown(top, "requests")) == MANY)
+            assert {row[0] for row in shown(top, "requests")} == {"-"}
+            before = top.snapshot
+            await until(pilot, lambda: top.snapshot is not before)
+            assert len(shown(top, "requests")) == MANY
 
 
 async def test_a_pause_stands_still_and_colours_turn() -> None:

@@ -132,3 +132,12 @@ def test_a_busy_or_late_load_generator_says_so() -> None:
     assert "sent late" in level_lines(late, late.figures())[-1]
     for level in (fine, capped):
         assert not any("beware" in line for line in level_lines(level, level.figures()))
+
+
+@pytest.mark.parametrize("message", ["", "no room"])
+def test_failures_are_told_whether_or_not_the_server_said_why(message: str) -> None:
+    failed = replace(record(status="503"), message=message)
+    level = measured(failed, failed)
+    told = [line for line in level_lines(level, level.figures()) if line.startswith("[red]")]
+    assert "2 503" in told[0]
+    assert ["no room" in line for line in told[1:]] == [True] * bool(message)

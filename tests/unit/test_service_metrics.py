@@ -1,6 +1,8 @@
 """What is exported: names, units, labels, and that the figures are right."""
 
 import re
+import socket
+import struct
 from urllib.request import urlopen
 
 import pytest
@@ -18,6 +20,7 @@ from baton.service.metrics import (
     WorkerMetrics,
     outcome_of,
 )
+from baton.service.metrics.exposition import SILENT_S, _QuietHandler
 from baton.types import ObjectStoreUsage, Role, WorkerLoad
 from router.sessions.metrics import SessionMetrics
 from router.sessions.store import Counts
@@ -232,6 +235,27 @@ def test_the_port_serves_the_registry_and_is_free_again_afterwards() -> None:
     first.close()
     assert second.serve("127.0.0.1", port) == port
     second.close()
+
+
+def test_a_connection_that_asks_nothing_is_closed_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Promise: it holds a thread for a while only, whether it says nothing at all or stops in the middle; so does one that breaks."""
+    assert 0 < SILENT_S < 60
+    assert _QuietHandler.timeout == SILENT_S
+    monkeypatch.setattr(_QuietHandler, "timeout", 0.1)
+    metrics = router()
+    address = ("127.0.0.1", metrics.serve("127.0.0.1", 0))
+    for said in (b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nhost: x\r\n"):
+        with socket.create_connection(address, timeout=5) as silent:
+            silent.sendall(said)
+            assert silent.recv(1) == b""
+    with socket.create_connection(address, timeout=5) as broken:
+        broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with urlopen(f"http://127.0.0.1:{address[1]}/metrics", timeout=5) as answer:
+        assert answer.status == 200
+    metrics.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_worker_serves_vllms_names_at_a_path_of_their_own() -> None:

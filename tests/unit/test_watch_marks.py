@@ -31,6 +31,7 @@ def attempt(failure: str, *begun: tuple[str, float], end_s: float | None) -> Att
 
 
 REQUEST = RequestStatus(
+    serial=1,
     request_id="r",
     tenant="",
     state=RequestState.RUNNING,

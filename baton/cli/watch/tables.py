@@ -203,7 +203,7 @@ REQUESTS: Table[RequestStatus] = Table(
         Column("tenant", lambda r, _: r.tenant or "-", lambda r: r.tenant, of_tenants=True),
     ),
     _requests,
-    lambda r: f"{r.tenant}/{r.request_id}/{r.received_unix_s:.1f}",
+    lambda r: str(r.serial),
     "No request has come yet.",
 )
 

@@ -1,6 +1,7 @@
 """A registry, and the HTTP port at which Prometheus reads it. The port is served by threads of its own."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from socketserver import ThreadingMixIn
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 CLOSE_S = 0.02
 """How often the HTTP thread looks whether it is to end."""
+SILENT_S = 10.0
+"""A connection that says nothing for so long, or does not take its answer, is closed: it holds a thread."""
 
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
@@ -24,7 +27,14 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    """Writes no access log."""
+    """Writes no access log, and nothing of connections that ask nothing."""
+
+    timeout = SILENT_S
+
+    def handle(self) -> None:
+        # Of the client's making: the base would write a traceback to stderr.
+        with suppress(TimeoutError, ConnectionError):
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
         """Nothing."""

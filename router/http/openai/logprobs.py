@@ -30,8 +30,9 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def characters(self, token_id: int) -> int:
-        """How many a token adds to its text, where it is not the end of one that others began."""
-        return len(self._tokenizer.token_bytes(token_id).decode("utf-8", "ignore"))
+        """How many a token begins: of one that is split over tokens, the first counts it."""
+        # In UTF-8, every byte but those that continue a character begins one.
+        return sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
 
     def logprob(self, token: common_pb2.TokenLogprob) -> float:
         """As JSON can say it."""

@@ -86,7 +86,8 @@ function keepFocused(rows, all) {
   if (read) rows[rows.length - 1] = read;
 }
 
-const keyOf = (request) => `${request.tenant}/${request.request_id}/${request.received_unix_s.toFixed(1)}`;
+// As elements have it in their data, which is text.
+const keyOf = (request) => String(request.serial);
 
 function showEmpty(body, ended, nowS) {
   show(null);
