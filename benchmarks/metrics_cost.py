@@ -41,6 +41,7 @@ def works() -> dict[str, Callable[[], object]]:
             prompt_tokens=100,
             cached_tokens=10,
             completion_tokens=20,
+            longest_tokens=20,
             objectives=OBJECTIVES,
         )
 

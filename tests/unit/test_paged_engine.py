@@ -297,9 +297,9 @@ def test_reservations_that_wait_for_their_kv_do_not_hold_back_others() -> None:
     assert tokens_of(run(engine), "near") == reference(prompt_of(3))
 
 
-@pytest.mark.parametrize("limit", ["max_batch_tokens", "max_running"])
-def test_more_generating_requests_than_a_step_computes_take_turns(limit: str) -> None:
-    engine = build_sim_engine(replace(BIG, **{limit: 2}))
+@pytest.mark.parametrize("narrow", [replace(BIG, max_batch_tokens=2), replace(BIG, max_running=2)])
+def test_more_generating_requests_than_a_step_computes_take_turns(narrow: SimConfig) -> None:
+    engine = build_sim_engine(narrow)
     prefill = build_sim_engine(BIG)
     asked = {key(name): request(prompt_of(9, seed=ord(name)), name=name) for name in "abcd"}
     for req in asked.values():
