@@ -111,6 +111,8 @@ class HeldAttempt:
         """Where it was stopped, with the newest token, whose log-probabilities may yet have to be told."""
         self._stopped_index = 0
         """Output position after that token."""
+        self.hand_overs = 0
+        """How many calls wait for it to stop."""
         self.holder = ""
         """Who read it last."""
         self.task: asyncio.Task[None]
@@ -124,6 +126,11 @@ class HeldAttempt:
     def failed(self) -> bool:
         """Whether no more tokens will come, and the last one has not."""
         return (self.task.done() or self._stopped is not None) and self._finished is None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody was told, or is about to be, where it stopped."""
+        return self._stopped is not None
 
     def stop_at(self, held: Held) -> None:
         """It generates no more, and its KV is held. Idempotent."""

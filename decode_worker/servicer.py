@@ -101,8 +101,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         attempt = self._attempts.get(key)
         if attempt.holder != request.holder:
             raise PreconditionError(f"another router reads attempt {key}")
-        held = await self._host.engine.hold(key)
-        attempt.stop_at(held)
+        attempt.hand_overs += 1
+        try:
+            held = await self._host.engine.hold(key)
+            attempt.stop_at(held)
+        finally:
+            attempt.hand_overs -= 1
+            if not attempt.hand_overs and not attempt.is_stopped:
+                # A router that waits no longer goes on reading.
+                self._host.engine.resume(key)
         return decode_pb2.HandOverResponse(end_index=held.end_index)
 
     async def Release(  # noqa: N802

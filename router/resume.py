@@ -62,6 +62,9 @@ def repeat(request: pb.GenerateRequest, turn: Turn) -> tuple[pb.GenerateRequest,
 
 
 def _lacks_logprobs(held: HeldAttempt, known: Known) -> bool:
-    """An attempt knows the log-probabilities of its own tokens only; those of attempts before it, it is generated anew for."""
+    """An attempt knows the log-probabilities of its own tokens only; those of attempts before it, it is generated anew for: a client may
+    lack them, and a session's turn keeps all.
+    """
     wanted = held.sequence.sampling.logprobs is not None
-    return wanted and known.tokens < len(held.sequence.generated)
+    needed_from = 0 if held.record.turn is not None else known.tokens
+    return wanted and needed_from < len(held.sequence.generated)

@@ -203,6 +203,10 @@ class AsyncEngine:
         """See `Engine.hold`. The request's stream stays open, and has every token before this returns."""
         return await self._call(lambda engine: engine.hold(key))
 
+    def resume(self, key: AttemptKey) -> None:
+        """See `Engine.resume`. After what was asked before."""
+        self._post(lambda engine: engine.resume(key))
+
     async def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         """See `Engine.import_kv`. The buffer must stay valid until this returns or, if cancelled, until the engine has moved on: the
         command keeps a reference to it.

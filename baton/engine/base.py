@@ -200,6 +200,10 @@ class Engine(Protocol):
         """
         ...
 
+    def resume(self, key: AttemptKey) -> None:
+        """Goes on with a request that `hold` stopped; no effect on any other."""
+        ...
+
     def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         """Copies the KV of tokens [first, first + T) into the reserved blocks and verifies it on the way. Several calls may cover the
         range piecewise, in order. Precondition: Reserved; else raises `PreconditionError`. Raises `CorruptKVError` where the

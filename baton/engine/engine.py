@@ -180,6 +180,13 @@ class PagedEngine:
             state.stage = Stage.HELD
         return Held(len(state.output), state.output[-1])
 
+    def resume(self, key: AttemptKey) -> None:
+        state = self._requests.get(key)
+        if state is not None and state.stage is Stage.HELD and state.mode is not Mode.PREFILL:
+            state.stage = Stage.RUNNING
+            self._running.append(state)
+            self._settled = False
+
     def import_kv(self, key: AttemptKey, first: int, kv: SealedKV) -> None:
         state = self._reserved(key)
         last = first + kv.data.shape[2]

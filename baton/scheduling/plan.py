@@ -3,7 +3,7 @@
 The policy, in order:
 
 1. Requests that generate go first, one token each: a long prompt delays nobody's next token. Where more generate than a step takes,
-   the first ones do; whoever calls lets them take turns.
+   the first ones do, and leave one token to prompts; whoever calls lets them take turns.
 2. Prompts that have begun get chunks of the token budget that is left, first come first served.
 3. Waiting requests are admitted first come first served, each only once the blocks for all of its tokens are available, so an
    admitted prompt never stalls half-way. One that does not fit holds back those behind it: nobody starves.
@@ -13,6 +13,7 @@ The policy, in order:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from baton.kv.blocks import blocks_for
 from baton.types import AttemptKey
@@ -78,10 +79,13 @@ def plan_step(
     limits: Limits,
 ) -> Plan:
     """Plans one step. `holding` counts requests that hold blocks though they are done computing; they use up `max_running` too."""
+    queue = iter(waiting)
+    head = tuple(islice(queue, 1))
+    has_place = len(running) + holding < limits.max_running
     step = _Step(limits, available_blocks)
-    staying = step.generate(running)
+    staying = step.generate(running, prompts_wait=has_place and any(w.computes for w in head))
     step.continue_prompts(staying)
-    admitted = [] if step.preempted else step.admit(waiting, len(staying), holding)
+    admitted = [] if step.preempted else step.admit(chain(head, queue), len(staying), holding)
     return Plan(tuple(step.preempted), tuple(admitted), tuple(step.chunks))
 
 
@@ -96,16 +100,17 @@ class _Step:
         self._budget = limits.max_batch_tokens
         self._rows = limits.max_running
 
-    def generate(self, running: Sequence[Running]) -> list[Running]:
+    def generate(self, running: Sequence[Running], *, prompts_wait: bool) -> list[Running]:
         """Rules 1 and 4. Returns the requests that were not preempted."""
         staying = list(running)
-        # However many generate, a prompt that has begun goes on.
-        kept = int(self._rows > 1 and any(r.num_tokens - r.num_computed > 1 for r in running))
+        # However many generate, prompts get on.
+        prompts_wait |= any(r.num_tokens - r.num_computed > 1 for r in running)
+        kept = int(prompts_wait and min(self._rows, self._budget) > 1)
         index = 0
         while index < len(staying):
             request = staying[index]
             index += 1
-            has_room = self._budget and self._rows > kept
+            has_room = min(self._budget, self._rows) > kept
             if request.num_tokens - request.num_computed == 1 and has_room:
                 need = self._new_blocks(request, 1)
                 if not self._make_room(need, request, staying):

@@ -33,8 +33,10 @@ def problem_of(engine: EngineProgress, settings: WorkerSettings) -> Problem | No
         return Problem("the engine failed", alive=False)
     if engine.stalled_s >= step_limit_s(engine.expected_s, settings):
         return Problem(f"a step has run for {engine.stalled_s:.1f} s", alive=False)
-    if engine.stuck_s >= settings.progress_limit_s:
-        reason = f"requests have waited for {engine.stuck_s:.1f} s for blocks that do not move"
+    # What a step under way has taken is the step's: blocks move at its end.
+    unmoved_s = engine.stuck_s - engine.stalled_s
+    if unmoved_s >= settings.progress_limit_s:
+        reason = f"requests have waited for {unmoved_s:.1f} s for blocks that do not move"
         return Problem(reason, alive=True)
     return None
 

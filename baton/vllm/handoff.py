@@ -4,6 +4,7 @@ token. Typed here; JSON only on the wire (`to_json`, `from_json`). Pure.
 
 import hashlib
 import json
+import math
 from array import array
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -121,8 +122,15 @@ def _handed(told: dict[str, Any]) -> HandedOver:
         kv_bytes=int(told["kv_bytes"]),
         cached_tokens=int(told["cached_tokens"]),
         first=first,
-        done_unix_s=float(told["done_unix_s"]),
+        done_unix_s=_finite(told["done_unix_s"]),
     )
+
+
+def _finite(told: Any) -> float:
+    number = float(told)
+    if not math.isfinite(number):
+        raise ValueError("is no finite number")
+    return number
 
 
 def _logprobs(told: dict[str, Any]) -> PositionLogprobs:

@@ -147,6 +147,11 @@ def mark_in(lease_id: str) -> str:
     return lease_id.rpartition("-")[0]
 
 
+def is_same_turn(lease_id: str, other_id: str) -> bool:
+    """Whether two leases are of one turn: the same one, or of a request that was asked twice."""
+    return lease_id == other_id or mark_in(lease_id) == mark_in(other_id) != ""
+
+
 def new_session_id(now_s: float) -> SessionId:
     """In the order of their creation as text, and not to be guessed."""
     return SessionId(f"s{int(now_s * 1000):012x}{secrets.token_hex(10)}")

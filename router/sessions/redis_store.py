@@ -30,6 +30,7 @@ from router.sessions.record import (
     encode_messages,
     encode_session,
     encode_tokens,
+    mark_in,
 )
 from router.sessions.store import Counts, Query
 
@@ -56,7 +57,8 @@ _BEGIN = """
 local now = tonumber(ARGV[1])
 local held = redis.call('HMGET', KEYS[1], 'record', 'tokens', 'messages', 'expires_s', 'leased_until_s', 'lease_id')
 if not held[1] then return 'none' end
-if tonumber(held[5]) > now and held[6] ~= ARGV[2] then return 'busy' end
+local same_turn = held[6] == ARGV[2] or (ARGV[6] ~= '' and string.sub(held[6], 1, #ARGV[6]) == ARGV[6])
+if tonumber(held[5]) > now and not same_turn then return 'busy' end
 if tonumber(held[4]) <= now and tonumber(held[5]) <= now then return 'none' end
 redis.call('HSET', KEYS[1], 'lease_id', ARGV[2], 'leased_until_s', ARGV[3], 'holder', ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
@@ -163,7 +165,15 @@ class RedisStore:
     async def begin_turn(
         self, key: SessionKey, lease: Lease, now_s: float
     ) -> tuple[Session, History] | None:
-        values = [repr(now_s), lease.lease_id, repr(lease.until_s), _member(key), lease.holder]
+        mark = mark_in(lease.lease_id)
+        values = [
+            repr(now_s),
+            lease.lease_id,
+            repr(lease.until_s),
+            _member(key),
+            lease.holder,
+            mark and f"{mark}-",
+        ]
         async with _reported():
             begun = await self._begin([_hash(key), _LEASES], values)
         if begun == b"none":

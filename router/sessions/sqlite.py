@@ -23,6 +23,7 @@ from router.sessions.record import (
     encode_messages,
     encode_session,
     encode_tokens,
+    is_same_turn,
 )
 from router.sessions.store import Counts, Query
 from router.sessions.thread import SerialThread
@@ -122,7 +123,7 @@ class SqliteStore:
             if row is None:
                 return None
             record, lease_id, leased_until_s, tokens, messages = row
-            if leased_until_s > now_s and lease_id != lease.lease_id:
+            if leased_until_s > now_s and not is_same_turn(lease_id, lease.lease_id):
                 raise SessionBusyError(key.session_id)
             db.execute(
                 "UPDATE sessions SET lease_id = ?, leased_until_s = ?, holder = ? "  # noqa: S608
@@ -233,11 +234,25 @@ def _open(path: Path | None) -> sqlite3.Connection:
     # Transactions are begun by hand.
     db = sqlite3.connect(path or ":memory:", timeout=TIMEOUT_S, isolation_level=None)
     # A crash of the process loses nothing; one of the machine, at most the last turns.
-    db.execute("PRAGMA journal_mode = WAL")
+    _set_journal(db)
     db.execute("PRAGMA synchronous = NORMAL")
     db.executescript(_SCHEMA)
     _complete(db)
     return db
+
+
+def _set_journal(db: sqlite3.Connection) -> None:
+    """Of a new file, one process at a time can; SQLite does not wait for the other."""
+    end_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() >= end_s:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _complete(db: sqlite3.Connection) -> None:

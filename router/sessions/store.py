@@ -54,8 +54,8 @@ class SessionStore(Protocol):
         self, key: SessionKey, lease: Lease, now_s: float
     ) -> tuple[Session, History] | None:
         """Takes the lease. None: there is no such session. Raises `SessionBusyError` where another lease runs; one that has run out
-        is taken over, and one of the same id, of the same turn at another router or in another stream, is gone on with: its holder is
-        this one from now on.
+        is taken over, and one of the same turn is gone on with, at another router or in another stream, or asked for once more by a client
+        that was never told of it: its holder is this one from now on.
         """
         ...
 

@@ -13,7 +13,15 @@ from baton.types import FinishReason, TokenChunk, TurnRecord, WorkerId
 from router.chat import ChatTurn
 from router.placement import Resident
 from router.sessions.prompt import history_after
-from router.sessions.record import Answered, History, Lease, Session, SessionKey, mark_in
+from router.sessions.record import (
+    Answered,
+    History,
+    Lease,
+    Session,
+    SessionKey,
+    is_same_turn,
+    mark_in,
+)
 
 MAX_EARLIER = 15
 """Requests before the last one that a session knows to be turns of its."""
@@ -74,8 +82,7 @@ class Turn:
     @property
     def is_past(self) -> bool:
         """It is the last turn that the session has, and is read, or asked for, once more."""
-        last, own = self.session.last_lease_id, self.lease.lease_id
-        return own == last or (mark_in(own) == mark_in(last) and bool(mark_in(own)))
+        return is_same_turn(self.session.last_lease_id, self.lease.lease_id)
 
     @property
     def number(self) -> int:

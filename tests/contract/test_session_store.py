@@ -26,6 +26,7 @@ from router.sessions.record import (
     Session,
     SessionId,
     SessionKey,
+    new_lease_id,
     new_session_id,
 )
 from router.sessions.store import Counts, Query, SessionStore
@@ -173,6 +174,32 @@ async def test_a_turn_goes_on_at_another_router_under_its_own_lease(
         await pair[1].begin_turn(made.key, lease("other"), NOW_S + 1)
     assert await pair[1].begin_turn(made.key, lease("mine"), NOW_S + 1) is not None
     assert await pair[1].end_turn(replace(made, turns=1), None, lease("mine"))
+
+
+async def test_a_request_that_is_asked_once_more_goes_on_with_its_own_turn(
+    pair: tuple[SessionStore, SessionStore],
+) -> None:
+    """Promise: a client whose router died before it said a word does not wait for that router's lease."""
+    one, other = pair
+    key = (await created(one)).key
+    first, again = lease(new_lease_id("mark")), lease(new_lease_id("mark"))
+    assert await one.begin_turn(key, first, NOW_S)
+    for stranger in (new_lease_id("mar"), new_lease_id("mark2"), new_lease_id("")):
+        with pytest.raises(SessionBusyError):
+            await other.begin_turn(key, lease(stranger), NOW_S)
+    assert await other.begin_turn(key, again, NOW_S)
+    assert not await one.renew(key, first)
+    assert await other.renew(key, again)
+
+
+async def test_two_routers_can_begin_a_new_file_at_once(tmp_path: Path) -> None:
+    def opened(name: str) -> SessionStore:
+        return open_store(f"sqlite://{tmp_path}/{name}.db", 0)
+
+    for number in range(20):
+        pair = (asyncio.to_thread(opened, str(number)) for _ in range(2))
+        for store in await asyncio.gather(*pair):
+            await store.close()
 
 
 async def test_a_turn_that_another_goes_on_with_is_not_given_up_by_who_had_it_before(

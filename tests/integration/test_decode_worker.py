@@ -4,11 +4,13 @@ import asyncio
 import math
 from dataclasses import replace
 
+import grpc
 import pytest
 
-from baton.codec import worker_info_from_proto
+from baton.codec import key_to_proto, worker_info_from_proto
 from baton.errors import DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
 from baton.service.settings import WorkerSettings
+from baton.service.status import error_from_rpc
 from baton.types import Role
 from baton.v1 import decode_pb2
 from tests.worker_rig import SIM, Rig, error_of, key, sequence, worker_pair
@@ -185,4 +187,30 @@ async def test_max_tokens_beyond_the_context_end_at_the_context(*, local: bool) 
         generate = rig.generate_locally if local else rig.generate
         answer = await generate(key("a"), seq)
         assert len(answer.tokens) == 24
+        await rig.settled()
+
+
+async def test_a_handover_that_nobody_waits_for_any_more_stops_nothing() -> None:
+    """Promise: a router whose patience was shorter than a step goes on reading, and gets every token."""
+    slow = replace(SIM, step_s=0.3)
+    async with worker_pair(decode_sim=slow) as rig:
+        wanted = await rig.generate_locally(key("w"), sequence(10, max_tokens=8))
+        other = asyncio.create_task(rig.generate_locally(key("o"), sequence(10, max_tokens=30)))
+        call, tokens = (
+            rig.decode_call(key("a"), sequence(10, max_tokens=8), local=True),
+            list[int](),
+        )
+        asked = False
+        async for response in call:
+            tokens += response.tokens.token_ids
+            if len(tokens) == 3 and not asked:
+                asked = True
+                hand_over = decode_pb2.HandOverRequest(key=key_to_proto(key("a")))
+                # The engine stops it after the step that has just begun, and says so after the one that follows.
+                with pytest.raises(grpc.RpcError) as refused:
+                    await rig.decode_stub.HandOver(hand_over, timeout=1.5 * slow.step_s)
+                assert isinstance(error_from_rpc(refused.value), DeadlineError)
+        assert tokens == wanted.tokens
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
         await rig.settled()

@@ -312,6 +312,19 @@ def test_more_generating_requests_than_a_step_computes_take_turns(narrow: SimCon
     assert [len(step) for step in steps] == [2] * 4
 
 
+def test_a_request_that_was_held_in_vain_goes_on_as_if_it_had_not_been() -> None:
+    engine = build_sim_engine(BIG)
+    prompt = prompt_of(20)
+    engine.add(request(prompt))
+    events = [e for _ in range(6) for e in engine.step()]
+    engine.hold(key())
+    assert not any(isinstance(e, Token) for _ in range(3) for e in engine.step())
+    engine.resume(key())
+    engine.resume(key("nobody"))
+    engine.check_integrity()
+    assert tokens_of([*events, *run(engine)]) == reference(prompt)
+
+
 def test_blocks_that_nobody_owns_are_counted() -> None:
     engine = build_sim_engine(BIG)
     for name in ("a", "b"):

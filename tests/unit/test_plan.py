@@ -1,5 +1,6 @@
 """The step planner: who computes what, who waits, who is preempted."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,21 @@ def test_generating_requests_go_before_a_prompt_that_came_first() -> None:
 def test_a_prompt_that_has_begun_goes_on_however_many_generate() -> None:
     result = plan([*(generating(name, 6) for name in "abcd"), Running(key("p"), 9, 4, 3)], [], 10)
     assert result.chunks == ((key("a"), 1), (key("b"), 1), (key("p"), 5))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_prompts_get_on_where_as_many_generate_as_a_step_has_tokens(*, begun: bool) -> None:
+    limits = Limits(block_size_tokens=4, max_batch_tokens=4, max_running=9)
+    many = [generating(name, 6) for name in "abcdef"]
+    prompt = Running(key("p"), 9, 4, 3)
+    result = plan_step(
+        [*many, prompt] if begun else many,
+        [] if begun else [newcomer("p", 9)],
+        available_blocks=40,
+        holding=0,
+        limits=limits,
+    )
+    assert result.chunks == ((key("a"), 1), (key("b"), 1), (key("c"), 1), (key("p"), 1))
 
 
 def test_a_long_prompt_is_cut_to_the_budget() -> None:

@@ -95,6 +95,8 @@ def test_what_turns_health_and_whether_the_process_is_sound() -> None:
     assert problem_of(GOOD, SETTINGS) is None
     assert problem_of(replace(GOOD, stalled_s=1.0), SETTINGS) is None
     assert problem_of(replace(GOOD, stuck_s=0.7), SETTINGS) is None
+    under_way = replace(GOOD, stuck_s=1.2, stalled_s=1.1, expected_s=1.0)
+    assert problem_of(under_way, SETTINGS) is None, "its blocks move at its end"
     for bad, alive in (
         (replace(GOOD, failed=True), False),
         (replace(GOOD, stalled_s=1.0, expected_s=0.02), False),
