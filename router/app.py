@@ -231,6 +231,7 @@ class RouterApp:
         return Snapshot(
             at_s=time.monotonic(),
             prompt_tokens=done[prompt],
+            looked_up_tokens=done[prompt],
             # Those of a request are counted at its end.
             generated_tokens=done[completion] + self.table.completion_tokens,
             reused_tokens=done[cached],

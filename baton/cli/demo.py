@@ -3,7 +3,6 @@ single process. Nothing is left running.
 """
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from baton.cli.demo_examples import Question, load_questions
 from baton.cli.demo_view import AnswerBoard, Asked, timelines
 from baton.client import AsyncClient, Result
 from baton.engine.config import EngineConfig
+from baton.engine.cores import usable_cores
 from baton.errors import InternalError
 
 DTYPE = "float32"
@@ -155,9 +155,7 @@ def _compare(console: Console, asked: Sequence[Asked]) -> bool:
     from baton.cli.demo_check import single_process_tokens  # noqa: PLC0415 - imports torch
 
     began_s = time.monotonic()
-    config = EngineConfig(
-        model=str(shipped_model()), dtype=DTYPE, threads=len(os.sched_getaffinity(0))
-    )
+    config = EngineConfig(model=str(shipped_model()), dtype=DTYPE, threads=usable_cores())
     single = single_process_tokens(config, [each.question for each in asked])
     differing = [each for each in asked if each.result.token_ids != single[each.question.number]]
     for each in differing:

@@ -1,6 +1,5 @@
 """`baton serve`: router and workers on this machine."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -9,6 +8,7 @@ from baton.cli.config import Device, Kernels, ServeConfig, Transport, shipped_mo
 from baton.cli.console import EXIT_FAILED, reported
 from baton.cli.serving import run
 from baton.engine.config import EngineConfig, default_batch_tokens
+from baton.engine.cores import usable_cores
 from baton.engine.sim import EngineKind, simulated
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.kv.spec import KVDtype, WeightFormat
@@ -259,7 +259,7 @@ def serve(
         source = model if model is not None else str(shipped_model())
         # Half precision saves memory, which the shipped model has no need of, and costs speed on a CPU.
         kept = dtype or (KVDtype.FLOAT32 if model is None else None)
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         chosen = EngineConfig(
             model=source,
             dtype=kept and kept.value,

@@ -29,6 +29,8 @@ class Snapshot:
     at_s: float
     """On the monotonic clock of whoever took it."""
     prompt_tokens: float
+    looked_up_tokens: float
+    """Of prompts, those that a prefix cache was asked for."""
     generated_tokens: float
     reused_tokens: float
     """Prompt tokens whose KV came from a prefix cache."""
@@ -89,13 +91,14 @@ def report(before: Snapshot, after: Snapshot) -> Report:
 
     prompt_tokens = grown(before.prompt_tokens, after.prompt_tokens)
     reused = grown(before.reused_tokens, after.reused_tokens)
+    looked_up = grown(before.looked_up_tokens, after.looked_up_tokens)
     return Report(
         prompt_tokens_per_s=prompt_tokens / seconds,
         generation_tokens_per_s=grown(before.generated_tokens, after.generated_tokens) / seconds,
         running=after.running,
         waiting=after.waiting,
         kv_used=after.kv_used,
-        prefix_hit_rate=min(1.0, reused / prompt_tokens) if prompt_tokens else None,
+        prefix_hit_rate=min(1.0, reused / looked_up) if looked_up else None,
         handoff_bytes_per_s=grown(before.handoff_bytes, after.handoff_bytes) / seconds,
         ttft_p50_s=_median(before.ttft_s, after.ttft_s),
     )
@@ -147,14 +150,21 @@ def buckets(registry: CollectorRegistry, name: str) -> tuple[tuple[float, float]
 
 def worker_snapshot(registry: CollectorRegistry, load: WorkerLoad) -> Snapshot:
     """Of a worker, from its metrics' registry. Its prompt tokens are those that it computed or found."""
-    prefilled, hits, generated, handed = (
+    prefilled, looked_up, hits, generated, handed = (
         f"baton_worker_{name}_total"
-        for name in ("prefill_tokens", "prefix_cache_hit_tokens", "decode_tokens", "handoff_bytes")
+        for name in (
+            "prefill_tokens",
+            "prefix_cache_query_tokens",
+            "prefix_cache_hit_tokens",
+            "decode_tokens",
+            "handoff_bytes",
+        )
     )
-    done = totals(registry, prefilled, hits, generated, handed)
+    done = totals(registry, prefilled, looked_up, hits, generated, handed)
     return Snapshot(
         at_s=time.monotonic(),
         prompt_tokens=done[prefilled] + done[hits],
+        looked_up_tokens=done[looked_up],
         generated_tokens=done[generated],
         reused_tokens=done[hits],
         handoff_bytes=done[handed],

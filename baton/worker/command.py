@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from baton.engine.config import KERNELS, EngineConfig, default_batch_tokens
+from baton.engine.cores import usable_cores
 from baton.engine.progress import in_words, paced
 from baton.engine.sim import EngineKind, SimConfig, simulated
 from baton.errors import BatonError
@@ -96,7 +97,7 @@ def parse(role: Role | None, arguments: Sequence[str], environ: Mapping[str, str
         max_context_tokens=flags.max_context_tokens,
         # Ray tells the libraries beneath torch to use one thread.
         kernels=flags.kernels,
-        threads=flags.threads or len(os.sched_getaffinity(0)),
+        threads=flags.threads or usable_cores(),
         prefix_cache=not flags.no_prefix_cache,
         capture_decode=role is Role.DECODE or flexible,
     )

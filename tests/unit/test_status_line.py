@@ -25,6 +25,7 @@ INF = float("inf")
 START = Snapshot(
     at_s=100.0,
     prompt_tokens=1000,
+    looked_up_tokens=2000,
     generated_tokens=500,
     reused_tokens=100,
     handoff_bytes=5e6,
@@ -39,6 +40,7 @@ def test_a_line_tells_what_was_done_since_the_last_one() -> None:
     after = Snapshot(
         at_s=110.0,
         prompt_tokens=2000,
+        looked_up_tokens=3000,
         generated_tokens=1500,
         reused_tokens=350,
         handoff_bytes=30e6,
@@ -124,6 +126,17 @@ def test_a_workers_snapshot_is_read_from_its_metrics() -> None:
         handoff_bytes_per_s=4096.0,
         ttft_p50_s=None,
     )
+
+
+def test_what_prefill_computed_for_decode_was_no_hit_of_decodes() -> None:
+    metrics, load = WorkerMetrics(Role.DECODE), WorkerLoad(free_blocks=8)
+    info = build_sim_engine(SimConfig(num_blocks=8)).info
+    metrics.watch(info, lambda: load, lambda: 0.0)
+    before = worker_snapshot(metrics.registry, load)
+    metrics.record_queue(0.1, prompt_tokens=1000, hit_tokens=20)
+    after = worker_snapshot(metrics.registry, load)
+    told = report(replace(before, at_s=0.0), replace(after, at_s=1.0))
+    assert told.prefix_hit_rate == pytest.approx(0.02)
 
 
 def test_the_routers_times_to_the_first_token_are_read_from_its_histogram() -> None:
