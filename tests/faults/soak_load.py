@@ -2,28 +2,32 @@
 
 import asyncio
 import itertools
-import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 
-from baton.client import AsyncClient, ConnectionOptions, Result, SamplingOptions
+from baton.client import AsyncClient, ConnectionOptions, Result, SamplingOptions, Session
+from baton.errors import CapacityError, DeadlineError, NotFoundError
 
-TOKENS = 60
 CACHED_EVERY = 4
 """Of so many requests, one may find its prompt's KV in a prefix cache."""
 CONNECTION = ConnectionOptions(keepalive_s=1.0, keepalive_timeout_s=1.0)
 """A router that is cut off is found within two seconds."""
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Asked:
     """A request, and what an undisturbed fleet answers."""
 
     prompt: tuple[int, ...]
     sampling: SamplingOptions
     answer: object
+
+
+Case = tuple[Asked, ...]
+"""One request, or the turns of a session."""
 
 
 @dataclass(slots=True)
@@ -44,6 +48,10 @@ class Trace:
     times: str = ""
     """When its stages happened, as the router that ended it tells."""
 
+    @property
+    def gap_ended_s(self) -> float:
+        return self.gap_began_s + self.gap_s
+
     def hear(self) -> None:
         now_s = time.monotonic()
         if now_s - self.heard_at_s > self.gap_s:
@@ -53,31 +61,60 @@ class Trace:
         self.messages += 1
 
 
-def cases() -> list[tuple[tuple[int, ...], SamplingOptions]]:
-    """Prompts of several lengths; greedy, seeded, with log-probabilities, and several completions."""
-    rng = random.Random(11)
-    base = SamplingOptions(max_tokens=TOKENS, seed=5, ignore_eos=True)
-    ways = (replace(base, temperature=0.0), base, replace(base, logprobs=1), replace(base, n=2))
-    return [
-        (tuple(rng.randrange(1, 256) for _ in range(rng.choice((20, 90, 200, 600)))), way)
-        for way in ways
-        for _ in range(6)
-    ]
-
-
 def answer_of(result: Result) -> object:
     return [(c.text, c.token_ids, c.logprobs, c.finish_reason) for c in result.completions]
+
+
+class Gate:
+    """Through which requests come, and which may be shut: a client gives up soon what no router has accepted."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+        self._shut = 0
+        self._unaccepted: set[object] = set()
+
+    @asynccontextmanager
+    async def entry(self) -> AsyncIterator[Callable[[], None]]:
+        """A request is made inside; it calls what it is given once it was accepted."""
+        while not self._open.is_set():
+            await self._open.wait()
+        request = object()
+        self._unaccepted.add(request)
+        try:
+            yield lambda: self._unaccepted.discard(request)
+        finally:
+            self._unaccepted.discard(request)
+
+    @asynccontextmanager
+    async def shut(self) -> AsyncIterator[None]:
+        """Inside, nobody asks anew, and what runs was accepted."""
+        self._shut += 1
+        self._open.clear()
+        try:
+            while self._unaccepted:  # noqa: ASYNC110 - which is often
+                await asyncio.sleep(0.01)
+            yield
+        finally:
+            self._shut -= 1
+            if not self._shut:
+                self._open.set()
 
 
 class Load:
     """Used on one event loop; `addresses` are the routers', as a client takes them, one list for each client."""
 
-    def __init__(self, addresses: list[str], known: list[Case]) -> None:
+    def __init__(self, addresses: list[str]) -> None:
         self._clients = [AsyncClient(each, connection=CONNECTION) for each in addresses]
-        self._cases = known
+        self._cases: list[Case] = []
         self._turn = itertools.count()
+        self.gate = Gate()
         self.traces: list[Trace] = []
         """Of requests that have ended."""
+
+    def know(self, known: list[Case]) -> None:
+        """What is asked from now on."""
+        self._cases = known
 
     @contextmanager
     def running(self, group: asyncio.TaskGroup, width: int) -> Iterator[None]:
@@ -90,24 +127,67 @@ class Load:
         finally:
             stop.set()
 
-    async def ask(self, client: AsyncClient | None = None, *, pause_s: float = 0.0) -> Result:
-        """One request; its reader pauses after each message. Raises AssertionError for a wrong answer."""
+    async def ask(self, client: AsyncClient | None = None, *, pause_s: float = 0.0) -> list[Result]:
+        """One case; its reader pauses after each message. Raises AssertionError for a wrong answer."""
         client = client or self._clients[0]
         turn = next(self._turn)
         case = self._cases[turn % len(self._cases)]
         # Most prompts are nowhere in a cache: prefill computes them, and their KV is handed over.
         salt = f"{turn}" if turn % CACHED_EVERY else ""
-        trace = Trace()
-        async with client.generate(
-            case.prompt, sampling=case.sampling, cache_salt=salt, timeout_s=60
-        ) as stream:
-            call = stream._call
-            async for _ in stream:
-                trace.hear()
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-            result = stream.result
-        assert answer_of(result) == case.answer, "the stream differs from the undisturbed one"
+        if len(case) == 1:
+            return [await self._one(client, case[0], salt, pause_s)]
+        async with self.gate.entry():
+            session = await client.sessions.create()
+        results = [await self._one(client, asked, salt, pause_s, session) for asked in case]
+        told = [result.session and result.session.turn for result in results]
+        assert told == [*range(1, len(case) + 1)], f"turns are missing, or came twice: {told}"
+        async with self.gate.entry():
+            # The answer to the first try may have been lost.
+            with suppress(NotFoundError):
+                await client.sessions.close(session)
+        return results
+
+    async def expire(self, timeout_s: float) -> None:
+        """A request with a deadline that it cannot keep, or only just."""
+        asked = self._cases[next(self._turn) % len(self._cases)][0]
+        async with self.gate.entry():
+            # A deadline that cannot be kept is refused at once.
+            with suppress(DeadlineError, CapacityError):
+                await self._clients[0].complete(
+                    asked.prompt, sampling=asked.sampling, timeout_s=timeout_s
+                )
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.close()
+
+    async def _one(
+        self,
+        client: AsyncClient,
+        asked: Asked,
+        salt: str,
+        pause_s: float,
+        session: Session | None = None,
+    ) -> Result:
+        async with self.gate.entry() as accepted:
+            trace = Trace()
+            async with client.generate(
+                asked.prompt,
+                sampling=asked.sampling,
+                cache_salt=salt,
+                session=session,
+                timeout_s=TIMEOUT_S,
+            ) as stream:
+                call = stream._call
+                async for _ in stream:
+                    accepted()
+                    trace.hear()
+                    if pause_s:
+                        await asyncio.sleep(pause_s)
+                result = stream.result
+        assert answer_of(result) == asked.answer, (
+            f"differs from the undisturbed answer: {asked} {result}"
+        )
         trace.attempts = tuple(
             f"{a.prefill_worker or '-'} {a.decode_worker} +{a.resumed_tokens} {a.failure}"
             for a in result.attempts
@@ -118,34 +198,6 @@ class Load:
             self.traces.append(trace)
         return result
 
-    def know(self, known: list[Case]) -> None:
-        """What is asked from now on."""
-        self._cases = known
-
-    @property
-    def client(self) -> AsyncClient:
-        return self._clients[0]
-
-    def any_case(self) -> Case:
-        return self._cases[next(self._turn) % len(self._cases)]
-
-    async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
-
     async def _ask_until(self, stop: asyncio.Event, client: AsyncClient) -> None:
         while not stop.is_set():
             await self.ask(client)
-
-
-async def undisturbed(address: str) -> list[Case]:
-    """The cases with their answers."""
-    async with AsyncClient(address) as client:
-        asked = cases()
-        results = await asyncio.gather(
-            *(client.complete(prompt, sampling=sampling) for prompt, sampling in asked)
-        )
-        return [
-            Case(prompt, sampling, answer_of(result))
-            for (prompt, sampling), result in zip(asked, results, strict=True)
-        ]
