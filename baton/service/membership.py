@@ -233,6 +233,8 @@ class FleetAgent:
                         raise UnavailableError("the router ended the membership")
             finally:
                 end.cancel()
+                # An error of its would hold this frame, which holds the call, which holds its connection: until the collector comes by.
+                del end
 
     async def _read(self, call: Any) -> fleet_pb2.JoinResponse | None:
         """None at the end of the stream."""

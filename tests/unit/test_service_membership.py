@@ -1,15 +1,18 @@
 """The worker's side of the fleet, against a fake router."""
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from baton.codec import load_from_proto, prefix_delta_from_proto, worker_info_from_proto
+from baton.errors import UnavailableError
 from baton.kv.spec import KVDtype, KVSpec
 from baton.service.membership import MAX_HASHES, FleetAgent
 from baton.service.server import GrpcServer
@@ -81,6 +84,8 @@ class FakeRouter(fleet_pb2_grpc.FleetServiceServicer):
         self.left = 0
         self.mute = False
         self.dismiss = asyncio.Event()
+        self.fails = False
+        """Instead of ending memberships in peace."""
 
     async def Join(  # noqa: N802
         self, requests: AsyncIterator[fleet_pb2.JoinRequest], _context: object
@@ -99,6 +104,8 @@ class FakeRouter(fleet_pb2_grpc.FleetServiceServicer):
                 reading = group.create_task(self._read(requests))
                 await self.dismiss.wait()
                 reading.cancel()
+                if self.fails:
+                    raise UnavailableError("gone")
         finally:
             self.left += 1
 
@@ -231,6 +238,32 @@ async def test_a_router_that_ends_the_membership_is_joined_anew() -> None:
         await until(lambda: router.beats, "joined")
         router.dismiss.set()
         await until(lambda: len(router.announced) > 1, "joined anew")
+
+
+def connections_to(port: int) -> int:
+    """How many this process has open."""
+    tables = [Path(f"/proc/self/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables for row in table[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+async def test_a_membership_that_broke_leaves_no_connection_open() -> None:
+    """Promise: even if the garbage collector never comes by."""
+    router = FakeRouter()
+    router.fails = True
+    async with routed(router) as server, member(FakeReporter(), server.port) as agent:
+        gc.disable()
+        try:
+            for number in range(1, 4):
+                await until(lambda number=number: len(router.announced) == number, "it joins")
+                await until(lambda: agent.num_joined == 1, "and knows it")
+                router.dismiss.set()
+                await until(lambda: agent.num_joined == 0, "it is thrown out")
+                router.dismiss.clear()
+            await until(lambda: agent.num_joined == 1, "it joins")
+            await until(lambda: connections_to(server.port) == 1, "one connection is open")
+        finally:
+            gc.enable()
 
 
 async def test_a_router_that_never_answers_does_not_hold_the_worker_up(
