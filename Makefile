@@ -48,7 +48,7 @@ bench: $(VENV)/.dev ## Run the benchmarks that are a module each, of the README'
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v -e against_aiperf -e gpu_engine); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "$$name" $(ARGS); done
 
-PARTS ?= load split growth overlap
+PARTS ?= load split formats growth overlap
 
 bench-serve: $(VENV)/.dev ## Baton's servers under load against one process and vLLM; PARTS=growth ARGS='--requests 1'
 	@for part in $(PARTS); do echo "== $$part"; $(BIN)/python -m "benchmarks.serve.$$part" $(ARGS) || exit 1; done

@@ -102,8 +102,13 @@ class Faults:
         self, role: Role, rng: random.Random, held: set[WorkerId]
     ) -> AsyncIterator[RunningWorker]:
         """A worker that the other fault does not hold by the same means: it would let it go too soon."""
+        # One that comes has no link yet.
+        links = self._fleet.links
         worker = await self._one_of(
-            lambda: [each for each in self._fleet.of(role) if each.info.worker_id not in held], rng
+            lambda: [
+                each for each in self._fleet.of(role) if each.info.worker_id in links.keys() - held
+            ],
+            rng,
         )
         held.add(worker.info.worker_id)
         try:
