@@ -419,13 +419,15 @@ class Inference:
         timeline, count, now_s = account.timeline, len(piece.tokens.token_ids), time.monotonic()
         age_s = now_s - timeline.received_s
         last_s, account.heard_s[piece.choice] = account.heard_s.get(piece.choice), age_s
-        if last_s is not None and not account.resumption.is_told_again:
+        if account.resumption.is_told_again:
+            pass  # nothing was generated
+        elif last_s is not None:
             self._metrics.record_token_gap(age_s - last_s)
             account.meter.tokens(count, now_s, gap_s=age_s - last_s)
-        elif timeline.at_s(Event.FIRST_TOKEN) is None and not account.goes_on:
-            account.meter.first_tokens(count, now_s, ttft_s=age_s)
-        elif not account.resumption.is_told_again:
+        elif account.goes_on or timeline.at_s(Event.FIRST_TOKEN) is not None:
             account.meter.tokens(count, now_s)
+        else:
+            account.meter.first_tokens(count, now_s, ttft_s=age_s)
         timeline.record(Event.FIRST_TOKEN, now_s)
         timeline.record(Event.LAST_TOKEN, now_s)
 

@@ -92,12 +92,11 @@ class _Tries:
         typed = call_error(error, closed=self._routers.closed)
         # Of itself, a router says so by draining only: what else is unavailable is so at all of them.
         lost = isinstance(typed, DrainingError if said_by_peer(error) else UnavailableError)
-        absent = self._anywhere and isinstance(typed, NotFoundError)
-        if isinstance(typed, NotFoundError):
+        if self._anywhere and isinstance(typed, NotFoundError):
             self._absent = typed
-        if absent and self._others == [self.router]:
-            self._others.clear()
-        if not (lost or absent):
+            # A lone one has nothing else to say.
+            self._others = [other for other in self._others if other is not self.router]
+        elif not lost:
             raise typed from error
         if not self._others:
             raise self._absent or typed from error
