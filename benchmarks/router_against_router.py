@@ -22,7 +22,6 @@ or the clients fill the machine's cores, no router can be seen in it: `workers_c
 import argparse
 import json
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import baton
+from baton.cli.ports import bind
 from benchmarks.report import write_report
 from benchmarks.router_load import Measured, quantile, running_router
 
@@ -135,7 +135,7 @@ def running_workers(router: Measured, args: argparse.Namespace) -> Iterator[tupl
 @contextmanager
 def running_smg(addresses: Mapping[str, Sequence[str]]) -> Iterator[Measured]:
     """With its defaults, but for its log."""
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_ports(2)
     command = [str(SMG), "launch", "--pd-disaggregation", "--model-path", str(TALES)]
     for role in ("prefill", "decode"):
         for address in addresses[role]:
@@ -170,11 +170,10 @@ def running_load() -> Iterator["subprocess.Popen[str]"]:
         process.stdin.close()
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now."""
+    with ExitStack() as held:
+        return [bind("127.0.0.1", 0, held) for _ in range(count)]
 
 
 def answers(address: str) -> bool:
@@ -198,7 +197,7 @@ def answers(address: str) -> bool:
 @contextmanager
 def bench(args: argparse.Namespace) -> Iterator[Bench]:
     """Both routers and the workers, up."""
-    http = f"127.0.0.1:{free_port()}"
+    http = f"127.0.0.1:{free_ports(1)[0]}"
     with ExitStack() as stack:
         own = stack.enter_context(
             running_router(

@@ -125,7 +125,8 @@ async def smg(
                     await asyncio.sleep(0.05)
             yield client
     finally:
-        process.kill()
+        if process.returncode is None:
+            process.kill()
         await process.wait()
 
 

@@ -156,7 +156,7 @@ def test_the_focus_goes_with_the_row_that_has_it(busy: Watched, fresh: OpenPage)
 def test_requests_without_an_id_have_one_row_each(fresh: OpenPage) -> None:
     """Promise: also those that were received, and refused, at one moment; new data adds none."""
     many = 4
-    with watched_router() as watched:
+    with watched_router(BATON_WORKER_WAIT_S="0.2") as watched:
         # Playwright's loop runs in this thread.
         asking = threading.Thread(
             target=lambda: asyncio.run(_ask_in_vain(watched.router.address, many))
@@ -177,8 +177,8 @@ def test_requests_without_an_id_have_one_row_each(fresh: OpenPage) -> None:
 
 async def _ask_in_vain(address: str, times: int) -> None:
     async with AsyncClient(address) as client:
-        # No worker has joined: they wait until their time is over, and nobody has read them.
-        asked = [client.complete([1], timeout_s=0.2) for _ in range(times)]
+        # No worker has joined, so that nobody has read them when they are refused.
+        asked = [client.complete([1]) for _ in range(times)]
         failures = await asyncio.gather(*asked, return_exceptions=True)
     assert all(isinstance(failure, BatonError) for failure in failures)
 
