@@ -25,6 +25,7 @@ from baton.engine.base import (
     Started,
     Token,
 )
+from baton.engine.pace import Pace
 from baton.errors import BatonError, CancelledError, PreconditionError
 from baton.lifecycle import Event
 from baton.service.groups import first_error
@@ -78,6 +79,8 @@ class DecodeJob:
     """What is left of the caller's deadline."""
     trace: TraceContext = NO_TRACE
     """The router's attempt."""
+    pace: Pace | None = None
+    """At which its reader is told of tokens; None: as they come."""
     orphaned: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the router that began it does not read it any more: it may never have called the source."""
 
@@ -147,7 +150,7 @@ class Decoder:
             progress = _Progress(call)
             mode = Mode.LOCAL if job.source is None else Mode.DECODE
             async with (
-                self._engine.open(EngineRequest(job.key, job.sequence, mode)) as batches,
+                self._engine.open(EngineRequest(job.key, job.sequence, mode), job.pace) as batches,
                 EventReader(batches) as reader,
             ):
                 async for batch in reader:

@@ -17,7 +17,7 @@ from baton.codec import (
 from baton.errors import FieldViolation, InvalidRequestError, PreconditionError
 from baton.service.calls import Context, time_left_s
 from baton.service.tracing import trace_of
-from baton.service.tunnel import Method
+from baton.service.tunnel import Method, pace_of
 from baton.service.worker_host import WorkerHost
 from baton.types import AttemptKey
 from baton.v1 import decode_pb2, decode_pb2_grpc
@@ -61,6 +61,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             digest=request.kv_digest,
             timeout_s=time_left_s(context, self._host.settings.default_timeout_s),
             trace=trace_of(context.invocation_metadata() or ()),
+            pace=pace_of(context),
         )
         bind_attempt(job.key)
         terms = Terms(record=record_from_proto(request.record), grace_s=_grace_s(request))

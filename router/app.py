@@ -82,6 +82,7 @@ class RouterApp:
             policy
             or policy_of(settings.placement, local_prefill_tokens=settings.local_prefill_tokens),
             self.metrics,
+            rest_s=lambda: self.table.rest_s,
         )
         self._ports = Ports(
             settings,
@@ -99,7 +100,9 @@ class RouterApp:
             ageing_s=settings.priority_ageing_s,
             limits=limits or self._ports.access.limits_of,
         )
-        self.table = RequestTable(admission, self.metrics)
+        self.table = RequestTable(
+            admission, self.metrics, client_messages_per_s=settings.client_messages_per_s
+        )
         self._sessions: SessionManager | None = None
         self._recent = RecentSessions()
         self._activity = Activity()

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton.errors import FieldViolation, InvalidRequestError, UnavailableError
@@ -95,7 +96,15 @@ class _Placed:
 class Fleet:
     """See the module docstring."""
 
-    def __init__(self, settings: RouterSettings, policy: Policy, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        settings: RouterSettings,
+        policy: Policy,
+        metrics: RouterMetrics,
+        rest_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`rest_s` tells how long tokens may wait for more."""
+        self._rest_s = rest_s
         self.registry = Registry(silence_s=max(SILENCE_S, 2 * settings.heartbeat_s))
         self._settings = settings
         self._policy = policy
@@ -117,7 +126,8 @@ class Fleet:
         session = self.registry.join(info, time.monotonic())
         releases = self._releases.pop(info.worker_id, None) or Releases()
         self._releases[info.worker_id] = releases
-        member = Member(info, session, open_channel(info.address, self._settings), releases)
+        channel = open_channel(info.address, self._settings)
+        member = Member(info, session, channel, releases, self._rest_s)
         self._members[info.worker_id] = member
         _log.info("%s worker %s joined at %s", info.role.value, info.worker_id, info.address)
         self._tell()

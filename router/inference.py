@@ -63,10 +63,6 @@ from router.validation import (
     parse_generate,
 )
 
-MIN_REST_S = 0.005
-"""Shorter rests would join little, and cost a timer."""
-MAX_REST_S = 0.1
-"""Tokens that wait longer would be seen to come in jerks."""
 MAX_TIMEOUT_S = 1e6
 """A client that asks for more gets this: calls to workers cannot express any number, and would time out at once."""
 INLINE_BYTES = 8192
@@ -375,11 +371,9 @@ class Inference:
         )
         async with answer.running() as outputs:
             await stream.write(accepted(valid, facts))
-            rest_s = 0.0
-            while (piece := await outputs.take(rest_s)) is not None:
+            while (piece := await outputs.take()) is not None:
                 await stream.write(chunk(piece))
                 self._wrote(piece, account)
-                rest_s = self._rest_s()
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
             # Before the client is told: it may begin its next turn at once.
@@ -407,11 +401,6 @@ class Inference:
             prefill_worker=report.prefill_worker,
             decode_worker=report.decode_worker,
         )
-
-    def _rest_s(self) -> float:
-        """How long a stream that was written to rests, so that all of them together make no more messages than the settings say."""
-        rest_s = len(self._table) / self._settings.client_messages_per_s
-        return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 
     def _wrote(self, piece: Piece, account: Account) -> None:
         if piece.tokens is None:

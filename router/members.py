@@ -63,16 +63,21 @@ class Member:
     """See the module docstring."""
 
     def __init__(
-        self, info: WorkerInfo, session: int, channel: grpc.aio.Channel, releases: Releases
+        self,
+        info: WorkerInfo,
+        session: int,
+        channel: grpc.aio.Channel,
+        releases: Releases,
+        rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Takes over the channel. `releases` are the worker's, over all its memberships."""
+        """Takes over the channel. `releases` are the worker's, over all its memberships; `rest_s` is `Tunnel`'s."""
         self.info = info
         self.session = session
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
         self._decode = decode_pb2_grpc.DecodeServiceStub(channel)
         self._worker = worker_pb2_grpc.WorkerServiceStub(channel)
         self._channel = channel
-        self.tunnel = Tunnel(channel)
+        self.tunnel = Tunnel(channel, rest_s)
         self._lost: UnavailableError | None = None
         self._watches: set[Watch] = set()
         self._draining = False

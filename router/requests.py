@@ -23,6 +23,10 @@ from baton.types import RequestId
 from router.admission import Admission, Admit, Reject, late_by_s, too_late
 from router.tenants import Demand, Ticket
 
+MIN_REST_S = 0.005
+"""Shorter rests would join little, and cost a timer."""
+MAX_REST_S = 0.1
+"""Tokens that wait longer would be seen to come in jerks."""
 LIMITS_INTERVAL_S = 1.0
 """How often it is looked whether tenants' limits have changed."""
 
@@ -61,7 +65,14 @@ class _Running:
 class RequestTable:
     """See the module docstring."""
 
-    def __init__(self, admission: Admission, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        metrics: RouterMetrics,
+        *,
+        client_messages_per_s: float = math.inf,
+    ) -> None:
+        self._client_messages_per_s = client_messages_per_s
         self._admission = admission
         self._metrics = metrics
         self._requests: dict[tuple[str, RequestId], _Running] = {}
@@ -74,6 +85,12 @@ class RequestTable:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    @property
+    def rest_s(self) -> float:
+        """How long a stream's tokens may wait for more, so that all streams together make no more messages than the settings say."""
+        rest_s = len(self._requests) / self._client_messages_per_s
+        return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 
     @property
     def refuses(self) -> bool:

@@ -23,6 +23,8 @@ from router.streams import Broken, Follower
 
 REOPEN_S = 1.0
 """How long a tunnel that broke is not opened again."""
+REST_CHANGE = 0.2
+"""A worker is told again of a rest that is so much longer or shorter."""
 MESSAGE_BYTES = 256 * 1024
 """About the largest message that the stream carries. A larger request travels by itself: where it is too large, it alone fails."""
 
@@ -78,7 +80,13 @@ class TunnelledCall:
 class Tunnel:
     """See the module docstring."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, rest_s: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`rest_s` tells how long tokens may wait for more at the worker."""
+        self._rest_s = rest_s
+        self._told_rest_s = 0.0
+        """What the worker knows of it."""
         self._stub = tunnel_pb2_grpc.TunnelServiceStub(channel)
         self._ids = itertools.count(1)
         self._calls: dict[int, TunnelledCall] = {}
@@ -142,6 +150,7 @@ class Tunnel:
 
     async def _run(self) -> None:
         stream = self._stub.Open()
+        self._told_rest_s = 0.0
         sending: asyncio.Task[None] | None = None
         try:
             # The stubs do not know the end-of-stream marker.
@@ -186,6 +195,7 @@ class Tunnel:
         return taken
 
     def _deliver(self, response: tunnel_pb2.OpenResponse) -> None:
+        self._tell_rest()
         for message in response.messages:
             call = self._calls.get(message.call)
             if call is not None:
@@ -194,6 +204,13 @@ class Tunnel:
             call = self._calls.pop(end.call, None)
             if call is not None:
                 call.end(_end_of(end.status))
+
+    def _tell_rest(self) -> None:
+        """Where it has changed by so much that it matters."""
+        rest_s, told_s = self._rest_s(), self._told_rest_s
+        if abs(rest_s - told_s) > REST_CHANGE * told_s:
+            self._next.rest_seconds = self._told_rest_s = rest_s
+            self._changed.set()
 
     def _let_go(self, number: int) -> None:
         if self._calls.pop(number, None) is not None:

@@ -28,6 +28,7 @@ from baton.engine.base import (
     Token,
 )
 from baton.engine.motion import Motion, StepClock
+from baton.engine.pace import Pace
 from baton.errors import AlreadyExistsError, InternalError
 from baton.kv.spec import SealedKV
 from baton.types import AttemptKey, BlockHash, PrefixDelta, WorkerLoad
@@ -73,7 +74,10 @@ class PrefixFeed:
 class _Stream:
     """Events of one request that the loop has not consumed yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None) -> None:
+        self._pace = pace
+        self._has_begun = False
+        """The first token has come."""
         self._events: list[EngineEvent] = []
         self._finished = False
         self._error: Exception | None = None
@@ -81,14 +85,25 @@ class _Stream:
 
     def push(self, event: EngineEvent) -> None:
         if isinstance(event, Failed):
-            self._error = event.error
+            return self.fail(event.error)
+        self._events.append(event)
+        if isinstance(event, Token):
+            self._finished = event.finish is not None
+            rests, self._has_begun = self._has_begun and not self._finished, True
         else:
-            self._events.append(event)
-            self._finished = isinstance(event, Token) and event.finish is not None
-        self._changed.set()
+            rests = False
+        if rests and self._pace is not None:
+            self._pace.wake(self._changed)
+        else:
+            self.wake()
+        return None
 
     def fail(self, error: Exception) -> None:
         self._error = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Whatever there is can be read now."""
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[EngineEvent, ...]]:
@@ -176,10 +191,11 @@ class AsyncEngine:
 
     @asynccontextmanager
     async def open(
-        self, request: EngineRequest
+        self, request: EngineRequest, pace: Pace | None = None
     ) -> AsyncIterator[AsyncIterator[tuple[EngineEvent, ...]]]:
         """Queues a request and yields its events; see `baton.engine.base`. Each item holds all events since the one before it; the
-        iterator ends after the last event and raises a `Failed` event's error. Leaving the context, however, releases all that is
+        iterator ends after the last event and raises a `Failed` event's error. Tokens come at the pace, where there is one; the first and
+        the last one, and all other events, at once, with what was left. Leaving the context, however, releases all that is
         held under the key.
 
         Raises `InvalidRequestError` and `AlreadyExistsError`.
@@ -187,7 +203,7 @@ class AsyncEngine:
         key = request.key
         if key in self._streams:
             raise AlreadyExistsError(f"attempt {key} is already here")
-        stream = self._streams[key] = _Stream()
+        stream = self._streams[key] = _Stream(pace)
         try:
             await self._call(lambda engine: engine.add(request))
             yield aiter(stream)
@@ -201,7 +217,10 @@ class AsyncEngine:
 
     async def hold(self, key: AttemptKey) -> Held:
         """See `Engine.hold`. The request's stream stays open, and has every token before this returns."""
-        return await self._call(lambda engine: engine.hold(key))
+        held = await self._call(lambda engine: engine.hold(key))
+        if stream := self._streams.get(key):
+            stream.wake()
+        return held
 
     def resume(self, key: AttemptKey) -> None:
         """See `Engine.resume`. After what was asked before."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,9 @@ class SimRunner:
         self._slots = np.zeros((config.num_blocks * config.block_size_tokens, 2), np.float32)
         own = self._info.weight_format
         self._mark = 0 if own is WeightFormat.FLOAT32 else 7 * list(WeightFormat).index(own)
-        position = np.arange(config.max_context_tokens, dtype=np.int64)
+        # A table's last block may end after the longest context.
+        end = config.max_context_tokens + config.block_size_tokens
+        position = np.arange(end, dtype=np.int64)
         self._weight = (position * 40503 + 12345) % _MODULUS
 
     @property
@@ -130,7 +133,12 @@ class SimRunner:
         delay_s = self._config.step_s + computed * self._config.token_s
         if delay_s:
             time.sleep(delay_s)
-        return [self._run_row(row) for row in rows]
+        for row in rows:
+            self._write(row)
+        states = iter(self._states([row for row in rows if row.sample is not None]))
+        return [
+            None if row.sample is None else self._choose(next(states), row.sample) for row in rows
+        ]
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         slots = self._slot_ids(block_table, last)[first:]
@@ -151,17 +159,35 @@ class SimRunner:
         blocks = np.asarray(block_table, np.int64)
         return (blocks[:, None] * size + np.arange(size)).reshape(-1)[:num_tokens]
 
-    def _run_row(self, row: BatchRow) -> Sampled | None:
-        length = row.start + len(row.token_ids)
-        slots = self._slot_ids(row.block_table, length)
-        self._slots[slots[row.start :], 0] = np.asarray(row.token_ids) + self._mark
-        self._slots[slots[row.start :], 1] = np.arange(row.start, length)
-        if row.sample is None:
-            return None
-        stored = self._slots[slots].astype(np.int64)
-        misplaced = stored[:, 1] != np.arange(length)
-        state = int(((stored[:, 0] + 1 + misplaced) * self._weight[:length]).sum() % _MODULUS)
-        return self._choose(state + self._mark, row.sample)
+    def _write(self, row: BatchRow) -> None:
+        size, start, count = self._config.block_size_tokens, row.start, len(row.token_ids)
+        if count == 1:
+            slot = row.block_table[start // size] * size + start % size
+            slots: slice | npt.NDArray[np.int64] = slice(slot, slot + 1)
+        else:
+            slots = self._slot_ids(row.block_table, start + count)[start:]
+        self._slots[slots, 0] = np.add(row.token_ids, self._mark)
+        self._slots[slots, 1] = np.arange(start, start + count)
+
+    def _states(self, rows: Sequence[BatchRow]) -> list[int]:
+        """What the stored KV of each row's tokens comes to."""
+        if not rows:
+            return []
+        size = self._config.block_size_tokens
+        lengths = [row.start + len(row.token_ids) for row in rows]
+        counts = [-(-length // size) for length in lengths]
+        tables = (row.block_table[:count] for row, count in zip(rows, counts, strict=True))
+        # [B]: of all rows
+        blocks = np.fromiter(chain.from_iterable(tables), np.int64, sum(counts))
+        firsts = np.cumsum([0, *counts[:-1]])
+        index = np.arange(len(blocks)) - np.repeat(firsts, counts)
+        # [B, block size]
+        position = index[:, None] * size + np.arange(size)
+        stored = self._slots.reshape(-1, size, 2)[blocks].astype(np.int64)
+        each = (stored[..., 0] + 1 + (stored[..., 1] != position)) * self._weight[position]
+        each *= position < np.repeat(lengths, counts)[:, None]
+        states = np.add.reduceat(each.sum(axis=1), firsts) % _MODULUS + self._mark
+        return [int(state) for state in states]
 
     def _choose(self, state: int, sample: SampleInput) -> Sampled:
         params = sample.params

@@ -16,6 +16,7 @@ from typing import Any, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from baton.engine.pace import Pace
 from baton.errors import FieldViolation, InvalidRequestError
 from baton.service.calls import Context
 from baton.service.interceptors import typed_error
@@ -28,6 +29,8 @@ MESSAGE_BYTES = 256 * 1024
 """About the largest message that the stream carries; a single response may be larger."""
 WAITING_BYTES = 1024 * 1024
 """With so much yet to be sent, writers wait."""
+MAX_REST_S = 1.0
+"""Tokens wait no longer, whatever a router asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         requests: AsyncIterator[tunnel_pb2.OpenRequest],
         context: grpc.aio.ServicerContext[tunnel_pb2.OpenRequest, tunnel_pb2.OpenResponse],
     ) -> None:
-        outbox = Outbox()
+        outbox, pace = Outbox(), Pace()
         calls: dict[int, asyncio.Task[None]] = {}
         await context.write(tunnel_pb2.OpenResponse())
         sending = asyncio.create_task(outbox.send(context.write), name="tunnel")
@@ -70,14 +73,18 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
         self._none_open.clear()
         try:
             async for request in requests:
+                if request.HasField("rest_seconds"):
+                    pace.rest_s = min(MAX_REST_S, max(0.0, request.rest_seconds))
                 for start in request.starts:
-                    task = asyncio.create_task(self._serve(start, outbox), name=start.method)
+                    task = asyncio.create_task(self._serve(start, outbox, pace), name=start.method)
                     calls[start.call] = task
                     task.add_done_callback(partial(_forget, calls, start.call))
                 for call in request.cancels:
                     if call in calls:
                         calls[call].cancel()
         finally:
+            # Attempts may outlive their router.
+            pace.rest_s = 0.0
             self._open.remove(outbox)
             if not self._open:
                 self._none_open.set()
@@ -86,11 +93,13 @@ class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _serve(self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox") -> None:
+    async def _serve(
+        self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox", pace: Pace
+    ) -> None:
         status = b""
         try:
             method, request = self._parse(start)
-            call = _TunnelledCall(start, outbox)
+            call = _TunnelledCall(start, outbox, pace)
             await method.handle(request, cast("Context", call))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -116,10 +125,16 @@ def _forget(calls: dict[int, asyncio.Task[None]], call: int, _task: asyncio.Task
     calls.pop(call, None)
 
 
+def pace_of(context: object) -> Pace | None:
+    """At which a handler's caller wants tokens; None: as they come."""
+    return context.pace if isinstance(context, _TunnelledCall) else None
+
+
 class _TunnelledCall:
     """What a handler uses of a `Context`."""
 
-    def __init__(self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox") -> None:
+    def __init__(self, start: tunnel_pb2.OpenRequest.Start, outbox: "Outbox", pace: Pace) -> None:
+        self.pace = pace
         self._call = start.call
         self._deadline_s = time.monotonic() + start.timeout_seconds
         self._trace = TraceContext(start.traceparent, start.tracestate)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/tunnel.proto\x12\x08\x62\x61ton.v1\"\xc5\x01\n\x0bOpenRequest\x12+\n\x06starts\x18\x01 \x03(\x0b\x32\x1b.baton.v1.OpenRequest.Start\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\x1ax\n\x05Start\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x04 \x01(\x01\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\"\xc8\x01\n\x0cOpenResponse\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.baton.v1.OpenResponse.Message\x12(\n\x04\x65nds\x18\x02 \x03(\x0b\x32\x1a.baton.v1.OpenResponse.End\x12\x0c\n\x04last\x18\x03 \x01(\x08\x1a)\n\x07Message\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x10\n\x08response\x18\x02 \x01(\x0c\x1a#\n\x03\x45nd\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06status\x18\x02 \x01(\x0c\x32J\n\rTunnelService\x12\x39\n\x04Open\x12\x15.baton.v1.OpenRequest\x1a\x16.baton.v1.OpenResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/tunnel.proto\x12\x08\x62\x61ton.v1\"\xf1\x01\n\x0bOpenRequest\x12+\n\x06starts\x18\x01 \x03(\x0b\x32\x1b.baton.v1.OpenRequest.Start\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\x04\x12\x19\n\x0crest_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x1ax\n\x05Start\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x04 \x01(\x01\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\tB\x0f\n\r_rest_seconds\"\xc8\x01\n\x0cOpenResponse\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.baton.v1.OpenResponse.Message\x12(\n\x04\x65nds\x18\x02 \x03(\x0b\x32\x1a.baton.v1.OpenResponse.End\x12\x0c\n\x04last\x18\x03 \x01(\x08\x1a)\n\x07Message\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x10\n\x08response\x18\x02 \x01(\x0c\x1a#\n\x03\x45nd\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06status\x18\x02 \x01(\x0c\x32J\n\rTunnelService\x12\x39\n\x04Open\x12\x15.baton.v1.OpenRequest\x1a\x16.baton.v1.OpenResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.tunnel_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPENREQUEST']._serialized_start=36
-  _globals['_OPENREQUEST']._serialized_end=233
-  _globals['_OPENREQUEST_START']._serialized_start=113
-  _globals['_OPENREQUEST_START']._serialized_end=233
-  _globals['_OPENRESPONSE']._serialized_start=236
-  _globals['_OPENRESPONSE']._serialized_end=436
-  _globals['_OPENRESPONSE_MESSAGE']._serialized_start=358
-  _globals['_OPENRESPONSE_MESSAGE']._serialized_end=399
-  _globals['_OPENRESPONSE_END']._serialized_start=401
-  _globals['_OPENRESPONSE_END']._serialized_end=436
-  _globals['_TUNNELSERVICE']._serialized_start=438
-  _globals['_TUNNELSERVICE']._serialized_end=512
+  _globals['_OPENREQUEST']._serialized_end=277
+  _globals['_OPENREQUEST_START']._serialized_start=140
+  _globals['_OPENREQUEST_START']._serialized_end=260
+  _globals['_OPENRESPONSE']._serialized_start=280
+  _globals['_OPENRESPONSE']._serialized_end=480
+  _globals['_OPENRESPONSE_MESSAGE']._serialized_start=402
+  _globals['_OPENRESPONSE_MESSAGE']._serialized_end=443
+  _globals['_OPENRESPONSE_END']._serialized_start=445
+  _globals['_OPENRESPONSE_END']._serialized_end=480
+  _globals['_TUNNELSERVICE']._serialized_start=482
+  _globals['_TUNNELSERVICE']._serialized_end=556
 # @@protoc_insertion_point(module_scope)

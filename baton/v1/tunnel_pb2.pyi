@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class OpenRequest(_message.Message):
-    __slots__ = ("starts", "cancels")
+    __slots__ = ("starts", "cancels", "rest_seconds")
     class Start(_message.Message):
         __slots__ = ("call", "method", "request", "timeout_seconds", "traceparent", "tracestate")
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -25,9 +25,11 @@ class OpenRequest(_message.Message):
         def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
+    REST_SECONDS_FIELD_NUMBER: _ClassVar[int]
     starts: _containers.RepeatedCompositeFieldContainer[OpenRequest.Start]
     cancels: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, starts: _Optional[_Iterable[_Union[OpenRequest.Start, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
+    rest_seconds: float
+    def __init__(self, starts: _Optional[_Iterable[_Union[OpenRequest.Start, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., rest_seconds: _Optional[float] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
     __slots__ = ("messages", "ends", "last")

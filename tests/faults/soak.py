@@ -93,13 +93,13 @@ async def soak(cluster: RayCluster, *, seconds: float | None, seed: int) -> Repo
     """Runs for so long, or until each kind was there once, and a little longer; raises AssertionError for whatever breaks a promise."""
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-soak-"))
-        store = f"sqlite://{Path(directory)}/sessions.db"
+        store = Path(directory) / "sessions.db"
         fleet = await stack.enter_async_context(soak_fleet(cluster, store))
         one, two = (door.address for door in fleet.doors)
         load = Load([f"{one},{two}", f"{two},{one}"])
         stack.push_async_callback(load.close)
         load.know(await undisturbed(fleet.addresses))
-        faults = Faults(fleet, load)
+        faults = Faults(fleet, load, store)
         plan = Plan(faults.kinds, random.Random(seed), once=seconds is None)
         disturbance = Disturbance(faults, plan, seed)
         async with asyncio.TaskGroup() as group:

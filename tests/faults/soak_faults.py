@@ -5,10 +5,13 @@ too, so whatever a fault finds may have ended before it.
 import asyncio
 import random
 import signal
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
+from pathlib import Path
 
 from ray.exceptions import RayError
 
@@ -26,6 +29,8 @@ BRIEF_S = 0.7
 """Shorter than any lease."""
 HANG_S = 2.0
 """Longer than any step may take before its worker is not ready."""
+STORE_BUSY_S = 2.0
+"""Twice that is shorter than a router waits for it."""
 GIVE_UP_TIMES = 40
 """Requests that are given up at once."""
 SLOW_READERS = 4
@@ -40,12 +45,15 @@ Fault = Callable[[random.Random], Awaitable[None]]
 class Faults:
     """Of one fleet, under one load."""
 
-    def __init__(self, fleet: SoakFleet, load: Load) -> None:
+    def __init__(self, fleet: SoakFleet, load: Load, store: Path) -> None:
+        """`store` is that of sessions."""
+        self._store = store
         self._fleet = fleet
         self._load = load
         self._chosen: Counter[WorkerId] = Counter()
         self._stopped: set[WorkerId] = set()
         self._unlinked: set[WorkerId] = set()
+        self._turning: set[WorkerId] = set()
         self._routers_out: Counter[int] = Counter()
         self._faults: dict[Kind, Fault] = {}
         for role in (Role.PREFILL, Role.DECODE):
@@ -57,6 +65,7 @@ class Faults:
                 "cut off": self._cut,
                 "hanging": self._hang,
                 "failing": self._fail,
+                "turning": self._turn,
             }
             for name, of_role in of_worker.items():
                 kind = Kind(f"{name} {role.value}", Target(role.value))
@@ -75,6 +84,7 @@ class Faults:
         }
         for name, fault in of_router.items():
             self._faults[Kind(name, Target.ROUTER)] = fault
+        self._faults[Kind("busy session store", Target.STORE)] = self._keep_store
         for name, fault in of_client.items():
             self._faults[Kind(name, Target.CLIENT)] = fault
 
@@ -99,17 +109,17 @@ class Faults:
 
     @asynccontextmanager
     async def _held(
-        self, role: Role, rng: random.Random, held: set[WorkerId]
+        self, role: Role, rng: random.Random, held: set[WorkerId], *, mortal: bool = False
     ) -> AsyncIterator[RunningWorker]:
         """A worker that the other fault does not hold by the same means: it would let it go too soon."""
-        # One that comes has no link yet.
-        links = self._fleet.links
-        worker = await self._one_of(
-            lambda: [
-                each for each in self._fleet.of(role) if each.info.worker_id in links.keys() - held
-            ],
-            rng,
-        )
+        fleet = self._fleet
+
+        def eligible() -> list[RunningWorker]:
+            # One that comes has no link yet.
+            names = fleet.links.keys() - held - (fleet.veterans if mortal else set())
+            return [each for each in fleet.of(role) if each.info.worker_id in names]
+
+        worker = await self._one_of(eligible, rng)
         held.add(worker.info.worker_id)
         try:
             yield worker
@@ -127,16 +137,17 @@ class Faults:
         return worker
 
     async def _kill(self, role: Role, rng: random.Random) -> None:
-        self._fleet.signal(await self._mortal(role, rng), signal.SIGKILL)
-        await self._fleet.restock(role)
+        worker = await self._mortal(role, rng)
+        self._fleet.signal(worker, signal.SIGKILL)
+        await self._fleet.restock(worker.info.role)
 
     async def _retire(self, role: Role, rng: random.Random) -> None:
         worker = await self._mortal(role, rng)
-        await self._fleet.join_linked(role)
+        await self._fleet.join_linked(worker.info.role)
         drained = await self._fleet.retire(worker)
         only = self._chosen[worker.info.worker_id] == 1
         assert drained or not only, "the drain took longer than its grace"
-        await self._fleet.restock(role)
+        await self._fleet.restock(worker.info.role)
 
     async def _stop(self, role: Role, rng: random.Random) -> None:
         async with self._held(role, rng, self._stopped) as worker:
@@ -176,7 +187,15 @@ class Faults:
         await worker.ended()
         self._fleet.forget(worker)
         await worker.stop()
-        await self._fleet.restock(role)
+        await self._fleet.restock(worker.info.role)
+
+    async def _turn(self, role: Role, rng: random.Random) -> None:
+        """To the other role, and back."""
+        other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
+        async with self._held(role, rng, self._turning, mortal=True) as worker:
+            await self._fleet.turn(worker, other)
+            await asyncio.sleep(AWAY_S)
+            await self._fleet.turn(worker, role)
 
     async def _end_router(self, numbers: list[signal.Signals], rng: random.Random) -> None:
         """Drains at the first signal, stops at once at the second."""
@@ -229,6 +248,18 @@ class Faults:
                 yield
         finally:
             self._routers_out[index] -= 1
+
+    async def _keep_store(self, rng: random.Random) -> None:
+        """Another process writes, for long."""
+        del rng
+
+        def write() -> None:
+            with closing(sqlite3.connect(self._store, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")
+                time.sleep(STORE_BUSY_S)
+                db.execute("ROLLBACK")
+
+        await asyncio.to_thread(write)
 
     async def _cancel(self, rng: random.Random) -> None:
         async def one(after_s: float) -> None:

@@ -17,6 +17,7 @@ from tests.faults.routers import RouterProcess
 from tests.faults.soak_fleet import HANDOFF_TIMEOUT_S, SoakFleet
 from tests.faults.soak_load import Load
 from tests.faults.soak_router import TASKS
+from tests.faults.soak_workers import DEDICATED, FLEXIBLE
 
 REST_S = 60.0
 SETTLE_S = 2 * HANDOFF_TIMEOUT_S
@@ -66,7 +67,7 @@ async def find_leaks(fleet: SoakFleet, load: Load) -> None:
     await asyncio.to_thread(new.wait)
     await asyncio.to_thread(new.start)
     lived = list(fleet.workers.values())
-    fresh = {role: await fleet.join_linked(role) for role in Role}
+    fresh = await fresh_workers(fleet)
     await fleet.whole()
     assert not attempts_of(new)
     results = await ask_calmly(fleet, load, CALM_CASES)
@@ -87,8 +88,20 @@ async def ask_calmly(fleet: SoakFleet, load: Load, count: int) -> list[Result]:
     return results
 
 
+async def fresh_workers(fleet: SoakFleet) -> dict[tuple[Role, bool], RunningWorker]:
+    """Of each role, one that can turn to the other role and one that cannot, as veterans."""
+    fresh = {}
+    for actors in (DEDICATED, FLEXIBLE):
+        fleet.actors = actors
+        for role in Role:
+            fresh[role, actors is DEDICATED] = await fleet.join_linked(role)
+    return fresh
+
+
 async def settle(
-    fleet: SoakFleet, lived: list[RunningWorker], fresh: dict[Role, RunningWorker]
+    fleet: SoakFleet,
+    lived: list[RunningWorker],
+    fresh: dict[tuple[Role, bool], RunningWorker],
 ) -> None:
     """Returns once each process was seen to hold no more than its fresh like."""
     old, new = fleet.routers
@@ -97,7 +110,8 @@ async def settle(
         return await asyncio.to_thread(of_router, old), await asyncio.to_thread(of_router, new)
 
     async def workers(worker: RunningWorker) -> tuple[Holdings, Holdings]:
-        return await of_worker(worker), await of_worker(fresh[worker.info.role])
+        like = fresh[worker.info.role, worker.info.worker_id in fleet.veterans]
+        return await of_worker(worker), await of_worker(like)
 
     end_s = time.monotonic() + SETTLE_S
     waiting: dict[str, Callable[[], Awaitable[tuple[Holdings, Holdings]]]] = {"router": routers}

@@ -21,6 +21,7 @@ class Target(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     ROUTER = "router"
+    STORE = "session store"
     CLIENT = "client"
     """Nobody: requests end, or are read slowly."""
 

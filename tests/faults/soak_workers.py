@@ -5,7 +5,7 @@ they tell which asyncio tasks they run. Sent to their processes by value: worker
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +15,10 @@ from baton.engine.aio import AsyncEngine
 from baton.engine.batch import BatchRow, Sampled, SampleInput
 from baton.engine.engine import PagedEngine
 from baton.engine.sim import SimConfig, SimRunner
-from baton.types import SamplingParams
-from baton.worker.actor import ActorConfig
+from baton.types import Role, SamplingParams
+from baton.worker.actor import ActorConfig, WorkerActor
 from decode_worker.actor import DecodeActor
+from flex_worker.actor import FlexActor
 from prefill_worker.actor import PrefillActor
 from tests.faults.soak_tasks import tasks_by_name
 
@@ -79,40 +80,26 @@ def soak_engine(config: SimConfig, trouble: Trouble) -> PagedEngine:
     )
 
 
-class SoakPrefillActor(PrefillActor):
-    """See the module docstring."""
+def troubled(actor: type[WorkerActor]) -> type[WorkerActor]:
+    """The soak's worker of a kind."""
 
-    def __init__(self, config: ActorConfig) -> None:
-        super().__init__(config)
-        self._trouble = put_up(self._engine, config)
+    class SoakActor(actor):  # type: ignore[valid-type,misc]  # one of three
+        def __init__(self, config: ActorConfig) -> None:
+            super().__init__(config)
+            self._trouble = put_up(self._engine, config)
 
-    async def hang(self, duration_s: float) -> None:
-        """The engine's next step takes so much longer."""
-        self._trouble.hang_s = duration_s
+        async def hang(self, duration_s: float) -> None:
+            """The engine's next step takes so much longer."""
+            self._trouble.hang_s = duration_s
 
-    async def fail(self) -> None:
-        """As an engine fails that hangs for too long."""
-        self._engine.give_up("the soak says so")
+        async def fail(self) -> None:
+            """As an engine fails that hangs for too long."""
+            self._engine.give_up("the soak says so")
 
-    async def tasks(self) -> Counter[str]:
-        return tasks_by_name(asyncio.get_running_loop())
+        async def tasks(self) -> Counter[str]:
+            return tasks_by_name(asyncio.get_running_loop())
 
-
-class SoakDecodeActor(DecodeActor):
-    """As `SoakPrefillActor`."""
-
-    def __init__(self, config: ActorConfig) -> None:
-        super().__init__(config)
-        self._trouble = put_up(self._engine, config)
-
-    async def hang(self, duration_s: float) -> None:
-        self._trouble.hang_s = duration_s
-
-    async def fail(self) -> None:
-        self._engine.give_up("the soak says so")
-
-    async def tasks(self) -> Counter[str]:
-        return tasks_by_name(asyncio.get_running_loop())
+    return SoakActor
 
 
 def put_up(engine: AsyncEngine, config: ActorConfig) -> Trouble:
@@ -121,3 +108,11 @@ def put_up(engine: AsyncEngine, config: ActorConfig) -> Trouble:
     trouble = Trouble()
     engine._build = partial(soak_engine, config.engine, trouble)
     return trouble
+
+
+DEDICATED: Mapping[Role, type[WorkerActor]] = {
+    Role.PREFILL: troubled(PrefillActor),
+    Role.DECODE: troubled(DecodeActor),
+}
+FLEXIBLE: Mapping[Role, type[WorkerActor]] = dict.fromkeys(Role, troubled(FlexActor))
+"""These turn to the other role when they are told to."""

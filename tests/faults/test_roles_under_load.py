@@ -15,6 +15,7 @@ from baton.client import AsyncClient, Client, SamplingOptions
 from baton.codec import load_from_proto, role_to_proto
 from baton.types import Role, WorkerInfo
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from tests.faults.roles import set_role
 from tests.served import Served, served, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(240)]
@@ -63,14 +64,9 @@ def until_known(fleet: Served, worker: WorkerInfo) -> None:
 
 
 async def turn(worker: WorkerInfo, role: Role, drain_timeout_s: float) -> None:
-    async with grpc.aio.insecure_channel(worker.address) as channel:
-        request = worker_pb2.SetRoleRequest(
-            role=role_to_proto(role), drain_timeout_seconds=drain_timeout_s
-        )
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        answer = await stub.SetRole(request, timeout=drain_timeout_s + 20)
-        assert answer.previous_role == role_to_proto(worker.role)
-        assert answer.info.role == role_to_proto(role)
+    answer = await set_role(worker.address, role, drain_timeout_s)
+    assert answer.previous_role == role_to_proto(worker.role)
+    assert answer.info.role == role_to_proto(role)
 
 
 async def ask_until(stop: asyncio.Event, client: AsyncClient, cases: list[Case]) -> int:

@@ -13,7 +13,7 @@ from baton.service.calls import Context
 from baton.service.channel import open_channel
 from baton.service.server import GrpcServer
 from baton.service.settings import RouterSettings, ServerSettings
-from baton.service.tunnel import WAITING_BYTES, Method, Outbox, TunnelServicer
+from baton.service.tunnel import MAX_REST_S, WAITING_BYTES, Method, Outbox, TunnelServicer, pace_of
 from baton.v1 import common_pb2, tunnel_pb2, tunnel_pb2_grpc
 from router.streams import Broken, Follower
 from router.tunnel import MESSAGE_BYTES, Tunnel, TunnelledCall
@@ -56,14 +56,14 @@ async def end_of(call: TunnelledCall, handle: Callable[[Any], None]) -> Broken:
 
 
 @asynccontextmanager
-async def far(handle: Handler) -> AsyncIterator[Far]:
+async def far(handle: Handler, rest_s: Callable[[], float] = lambda: 0.0) -> AsyncIterator[Far]:
     """Inside, the tunnel is open."""
     server = GrpcServer(ServerSettings(reflection=False), [])
     servicer = TunnelServicer({METHOD: Method(common_pb2.TokenIds.FromString, handle)})
     server.register(lambda s: tunnel_pb2_grpc.add_TunnelServiceServicer_to_server(servicer, s))
     port = await server.start()
     channel = open_channel(f"127.0.0.1:{port}", RouterSettings())
-    tunnel = Tunnel(channel)
+    tunnel = Tunnel(channel, rest_s)
     try:
         async with asyncio.timeout(10):
             tunnel.open()
@@ -315,3 +315,40 @@ async def test_a_worker_without_tunnels_is_asked_once() -> None:
         assert tunnel.start(METHOD, tokens(1), parse, 1.0) is None
         await tunnel.close()
     await server.stop(0)
+
+
+async def test_a_worker_learns_how_long_tokens_may_wait() -> None:
+    """Promise: of what matters only, never more than the worker bears, and nothing of a router that has gone."""
+    rest_s, paces = [0.0], []
+
+    async def talk(request: common_pb2.TokenIds, context: Context) -> None:
+        paces.append(pace_of(context))
+        while True:
+            await context.write(request)
+            await asyncio.sleep(0.005)
+
+    async def until(expected_s: float) -> None:
+        async with asyncio.timeout(5):
+            while pace is not None and pace.rest_s != expected_s:  # noqa: ASYNC110 - paces have no event for it
+                await asyncio.sleep(0.005)
+
+    async with far(talk, lambda: rest_s[0]) as here:
+        call = here.start(1)
+        call.follow(Follower(lambda _: None, lambda _: None, lambda _: None))
+        async with asyncio.timeout(5):
+            while not paces:  # noqa: ASYNC110 - nor has the handler
+                await asyncio.sleep(0.005)
+        pace = paces[0]
+        assert pace is not None
+        for told_s, known_s in ((0.05, 0.05), (0.055, 0.05), (0.02, 0.02), (3.0, MAX_REST_S)):
+            rest_s[0] = told_s
+            await until(known_s)
+            await asyncio.sleep(0.03)
+            assert pace.rest_s == known_s
+        rest_s[0] = 0.0
+        await until(0.0)
+        rest_s[0] = 0.05
+        await until(0.05)
+    assert pace is not None
+    assert pace.rest_s == 0.0
+    assert pace_of(object()) is None

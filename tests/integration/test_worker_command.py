@@ -76,11 +76,11 @@ def started(package: str, log: Path, *flags: str) -> Iterator["subprocess.Popen[
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            process.wait(20)
+            process.wait(40)
 
 
 def wait_for(log: Path, pattern: str, process: "subprocess.Popen[bytes]") -> Sequence[str]:
-    end_s = time.monotonic() + 40
+    end_s = time.monotonic() + 90
     while not (found := re.search(pattern, log.read_text())):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end_s, log.read_text()

@@ -14,6 +14,7 @@ from baton.engine.aio import AsyncEngine
 from baton.engine.base import EngineRequest, Mode, Reserved, Token
 from baton.engine.batch import BatchRow, Sampled
 from baton.engine.engine import PagedEngine
+from baton.engine.pace import Pace
 from baton.engine.sim import SimConfig, SimRunner, build_sim_engine
 from baton.errors import AlreadyExistsError, InternalError, InvalidRequestError, ModelLoadError
 from baton.types import AttemptKey, RequestId, SamplingParams, Sequence
@@ -216,3 +217,47 @@ async def test_an_event_iterator_coalesces_what_it_missed(engine: AsyncEngine) -
             await asyncio.sleep(0.01)
     assert max(sizes) > 1
     assert sum(sizes) >= 20
+
+
+async def test_tokens_come_at_the_pace_and_the_first_and_the_last_at_once(
+    engine: AsyncEngine,
+) -> None:
+    """Promise: nothing is lost or put in another order; a rest as long as a day keeps neither the first token nor the end."""
+    asked = request("paced")
+    expected = await generate(engine, replace(asked, key=AttemptKey(RequestId("free"))))
+    pace = Pace()
+    pace.rest_s = 86_400.0
+    batches: list[list[int]] = []
+    async with asyncio.timeout(20), engine.open(asked, pace) as steps:
+        async for events in steps:
+            if ids := [event.token_id for event in events if isinstance(event, Token)]:
+                batches.append(ids)
+                # What rests before anybody was woken is not kept for a rest.
+                await asyncio.sleep(0.001)
+    assert [token for batch in batches for token in batch] == expected
+    assert len(batches) <= 3
+    assert len(batches[-1]) > 1
+
+
+async def test_who_is_held_rests_no_more() -> None:
+    """Promise: whoever stops a request learns of its tokens without waiting for the rest to end."""
+    engine = AsyncEngine(lambda: build_sim_engine(CONFIG), name="held")
+    await engine.start()
+    endless = replace(PARAMS, max_tokens=400)
+    asked = request("held")
+    asked = replace(asked, sequence=replace(asked.sequence, sampling=endless))
+    pace = Pace()
+    pace.rest_s = 86_400.0
+    said = 0
+    async with asyncio.timeout(20), engine.open(asked, pace) as steps:
+        async for events in steps:
+            said += sum(isinstance(event, Token) for event in events)
+            if said >= 2:
+                break
+        await asyncio.sleep(0.02)
+        held = await engine.hold(asked.key)
+        async for events in steps:
+            said += sum(isinstance(event, Token) for event in events)
+            break
+    assert said == held.end_index
+    await engine.stop()
