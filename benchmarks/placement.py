@@ -7,14 +7,15 @@ The plot needs matplotlib, which `make install` brings.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from baton.service.settings import PlacementPolicy
-from benchmarks.placement_sim import Running, SimFleet, Speeds
+from benchmarks.placement_sim import SimFleet, Speeds, TraceRequest
 from benchmarks.placement_traces import AGENT, CONVERSATION, Shape, trace
 from benchmarks.report import write_report
 from router.policies import policy_of
@@ -38,14 +39,33 @@ def replay(shape: Shape, policy: PlacementPolicy, rate_per_s: float, requests: i
         policy_of(policy, local_prefill_tokens=32), prefill=PREFILL, decode=DECODE, speeds=Speeds()
     )
     played = trace(shape, requests=requests, rate_per_s=rate_per_s)
-    outcomes = fleet.play(played)
-    # Caches are empty at first, and arrivals end at last: neither counts.
+    return figures_of(fleet.play(played), played)
+
+
+class Outcome(Protocol):
+    """What became of a request."""
+
+    @property
+    def request(self) -> TraceRequest: ...
+
+    @property
+    def ttft_s(self) -> float: ...
+
+    @property
+    def tpot_s(self) -> float: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+
+def figures_of(outcomes: Iterable[Outcome], played: Sequence[TraceRequest]) -> Figures:
+    """Of a replay. Caches are empty at first, and arrivals end at last: neither counts."""
     first_s, last_s = (played[-1].at_s * share for share in (0.2, 1.0))
     counted = [each for each in outcomes if first_s <= each.request.at_s <= last_s]
     return _figures(counted, last_s - first_s)
 
 
-def _figures(outcomes: Sequence[Running], seconds: float) -> Figures:
+def _figures(outcomes: Sequence[Outcome], seconds: float) -> Figures:
     ttft_s = np.array([each.ttft_s for each in outcomes])
     tpot_s = np.array([each.tpot_s for each in outcomes])
     good = (ttft_s <= TTFT_TARGET_S) & (tpot_s <= TPOT_TARGET_S)

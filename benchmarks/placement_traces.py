@@ -120,6 +120,11 @@ def _name(owner: int, index: int) -> BlockHash:
     return BlockHash(index << _SESSION_BITS | owner)
 
 
+def owner_of(name: BlockHash) -> int:
+    """Of a block: odd for a session, even for what sessions share."""
+    return name & (1 << _SESSION_BITS) - 1
+
+
 def _zipf(rng: random.Random, ranks: int) -> int:
     weights = [1 / (rank + 1) for rank in range(ranks)]
     return rng.choices(range(ranks), weights)[0] if ranks else 0

@@ -371,9 +371,11 @@ class Inference:
         )
         async with answer.running() as outputs:
             await stream.write(accepted(valid, facts))
-            while (piece := await outputs.take()) is not None:
+            rest_s = 0.0
+            while (piece := await outputs.take(rest_s)) is not None:
                 await stream.write(chunk(piece))
                 self._wrote(piece, account)
+                rest_s = self._table.rest_s
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
             # Before the client is told: it may begin its next turn at once.

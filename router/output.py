@@ -207,22 +207,42 @@ class Outputs:
     def __init__(self, outputs: Sequence[Output]) -> None:
         self._outputs = deque(outputs)
         self._changed = asyncio.Event()
+        self._rest: asyncio.TimerHandle | None = None
+        """Runs while nothing is to be taken, except the end."""
         self._num_open = sum(not output.closed for output in outputs)
         for output in outputs:
-            output.watch(self._changed.set, self._on_close)
+            output.watch(self._on_change, self._on_close)
 
-    async def take(self) -> Piece | None:
-        """The next piece, of each completion in turn; None once all was taken and every output is closed."""
-        while True:
-            for output in tuple(self._outputs):
-                self._outputs.rotate(-1)
-                piece = output.take()
-                if piece is not None:
-                    return piece
-            if not self._num_open:
-                return None
-            self._changed.clear()
-            await self._changed.wait()
+    async def take(self, rest_s: float = 0.0) -> Piece | None:
+        """The next piece, of each completion in turn; None once all was taken and every output is closed. What comes within `rest_s` is
+        joined, unless the end comes too.
+        """
+        if rest_s and self._num_open:
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
+        try:
+            while True:
+                if self._rest is None or not self._num_open:
+                    for output in tuple(self._outputs):
+                        self._outputs.rotate(-1)
+                        piece = output.take()
+                        if piece is not None:
+                            return piece
+                    if not self._num_open:
+                        return None
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            if self._rest is not None:
+                self._rest.cancel()
+                self._rest = None
+
+    def _on_change(self) -> None:
+        if self._rest is None or not self._num_open:
+            self._changed.set()
 
     def _on_close(self) -> None:
         self._num_open -= 1
+
+    def _rested(self) -> None:
+        self._rest = None
+        self._changed.set()

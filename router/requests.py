@@ -88,7 +88,7 @@ class RequestTable:
 
     @property
     def rest_s(self) -> float:
-        """How long a stream's tokens may wait for more, so that all streams together make no more messages than the settings say."""
+        """How long a stream that was written to rests, so that all of them together make no more messages than the settings say."""
         rest_s = len(self._requests) / self._client_messages_per_s
         return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 

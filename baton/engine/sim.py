@@ -130,15 +130,17 @@ class SimRunner:
 
     def run(self, rows: Sequence[BatchRow]) -> list[Sampled | None]:
         computed = sum(len(row.token_ids) for row in rows)
-        delay_s = self._config.step_s + computed * self._config.token_s
-        if delay_s:
-            time.sleep(delay_s)
+        end_s = time.monotonic() + self._config.step_s + computed * self._config.token_s
         for row in rows:
             self._write(row)
         states = iter(self._states([row for row in rows if row.sample is not None]))
-        return [
+        chosen = [
             None if row.sample is None else self._choose(next(states), row.sample) for row in rows
         ]
+        left_s = end_s - time.monotonic()
+        if left_s > 0:
+            time.sleep(left_s)
+        return chosen
 
     def read_kv(self, block_table: Sequence[int], first: int, last: int) -> SealedKV:
         slots = self._slot_ids(block_table, last)[first:]

@@ -39,7 +39,9 @@ class Method:
 
     parse: Callable[[bytes], Any]
     handle: Callable[[Any, Context], Awaitable[None]]
-    """Writes its responses through the context, of which it uses `write`, `time_remaining` and `invocation_metadata` only."""
+    """Writes its responses through the context, of which it uses `write`, `time_remaining` and `invocation_metadata` only; and `pace_of`
+    it.
+    """
 
 
 class TunnelServicer(tunnel_pb2_grpc.TunnelServiceServicer):

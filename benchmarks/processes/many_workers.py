@@ -123,13 +123,14 @@ async def _start_sims(
         max_running=1024,
         max_batch_tokens=8192,
     )
+    prefill_sim, decode_sim = (replace(sim, **each) for each in (args.prefill_sim, args.decode_sim))
     sources = MemorySources()
     addresses: dict[str, list[str]] = {"prefill": [], "decode": []}
     for index in range(args.prefill):
         name = f"prefill-{index}"
         prefill = PrefillWorker(
             replace(settings, worker_id=name, transfer_address=name),
-            AsyncEngine(lambda: build_sim_engine(sim), name=name),
+            AsyncEngine(lambda: build_sim_engine(prefill_sim), name=name),
         )
         addresses["prefill"].append((await prefill.start()).address)
         stack.push_async_callback(prefill.stop)
@@ -138,7 +139,7 @@ async def _start_sims(
         name = f"decode-{index}"
         decode = DecodeWorker(
             replace(settings, worker_id=name),
-            AsyncEngine(lambda: build_sim_engine(sim), name=name),
+            AsyncEngine(lambda: build_sim_engine(decode_sim), name=name),
             MemoryTransport(sources, ByteCredits(1 << 28)),
         )
         addresses["decode"].append((await decode.start()).address)
@@ -184,6 +185,9 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=1)
     parser.add_argument("--model", default="", help="checkpoint that the sims stand for")
     parser.add_argument("--step-ms", type=float, default=0.0)
+    for role in ("prefill", "decode"):
+        told = f"settings of {role} workers' simulated engines, as JSON"
+        parser.add_argument(f"--{role}-sim", type=json.loads, default={}, help=told)
     asyncio.run(_run(parser.parse_args()))
 
 

@@ -29,8 +29,8 @@ BRIEF_S = 0.7
 """Shorter than any lease."""
 HANG_S = 2.0
 """Longer than any step may take before its worker is not ready."""
-STORE_BUSY_S = 2.0
-"""Twice that is shorter than a router waits for it."""
+STORE_BUSY_S = 1.5
+"""Twice that is shorter than a router waits for it, and so is that and a router that is frozen while it writes."""
 GIVE_UP_TIMES = 40
 """Requests that are given up at once."""
 SLOW_READERS = 4

@@ -34,7 +34,11 @@ from tests.faults.soak_workers import DEDICATED, FLEXIBLE
 
 SIM = SimConfig(num_blocks=1024, max_batch_tokens=256, step_s=0.01)
 PER_ROLE = 2
-ENVIRON = {"BATON_MIN_CLIENT_PING_S": "0.2"}
+ENVIRON = {
+    "BATON_MIN_CLIENT_PING_S": "0.2",
+    # Tokens of some steps come joined.
+    "BATON_CLIENT_MESSAGES_PER_S": "400",
+}
 HANDOFF_TIMEOUT_S = 10.0
 """Longer than anybody is away, and short, since a worker awaits so long what one that died has asked for."""
 DRAIN_S = 2.0

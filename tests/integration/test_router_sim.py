@@ -6,13 +6,15 @@ The simulated engine's tokens depend on every KV entry before them, so that equa
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 import pytest
 
 from decode_worker.worker import DecodeWorker
 from prefill_worker.worker import PrefillWorker
-from tests.integration.router_fakes import Answer
-from tests.integration.sim_house import LENGTH, House, house
+from tests.integration.router_fakes import SETTINGS, Answer
+from tests.integration.sim_house import LENGTH, SIM, House, house
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,35 @@ async def test_cancelled_requests_free_every_block() -> None:
         async with asyncio.timeout(5):
             while len(here.app.table):  # noqa: ASYNC110 - the handlers unwind
                 await asyncio.sleep(0.01)
+
+
+async def test_tokens_of_many_streams_come_joined_and_the_first_one_at_once() -> None:
+    """Promise: where a message for each token would be too many, they rest where they are made; what is said is the same."""
+    many, length = 20, 60
+    settings = replace(SETTINGS, client_messages_per_s=10.0 * many)
+    slow = replace(SIM, step_s=0.02)
+
+    async def pieces(here: House, number: int) -> list[list[int]]:
+        call = here.call(number, max_tokens=length)
+        return [
+            list(response.chunk.tokens.token_ids)
+            async for response in call
+            if response.WhichOneof("event") == "chunk"
+        ]
+
+    async with house(1, 1) as here:
+        alone = [(await here.generate(number, max_tokens=length)).tokens for number in range(many)]
+    async with house(1, 1, settings=settings, decode_sim=slow) as here:
+        await here.generate(0)
+        tunnels = [member.tunnel for member in here.app.fleet.members()]
+        async with asyncio.timeout(5):
+            while not all(tunnel.is_open for tunnel in tunnels):  # noqa: ASYNC110 - tunnels have no event for it
+                await asyncio.sleep(0.01)
+        told = await asyncio.gather(*(pieces(here, number) for number in range(many)))
+    assert [list(chain.from_iterable(of_stream)) for of_stream in told] == alone
+    for of_stream in told:
+        assert len(of_stream[0]) == 1
+        assert len(of_stream) <= length / 2
 
 
 async def _kill_serving(here: House) -> None:
