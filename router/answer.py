@@ -134,6 +134,11 @@ class Answer:
         return self.generations[0].stage
 
     @property
+    def rests(self) -> bool:
+        """Whether tokens come joined already, as the workers were told."""
+        return all(generation.rests for generation in self.generations)
+
+    @property
     def completion_tokens(self) -> int:
         return sum(len(output.generated) for output in self.outputs)
 

@@ -143,6 +143,11 @@ class Attempt:
         """What it waits for."""
         return self.history[-1][0]
 
+    @property
+    def rests(self) -> bool:
+        """Whether decode joins tokens as it was told; else they come one by one."""
+        return self._decode_call is not None and self._decode_call.rests
+
     async def run(self) -> None:
         """Returns once the attempt succeeded or failed, with everything let go. Cancelling it is legal at any instant."""
         decode, prefill = self.pair.decode, self.pair.prefill

@@ -103,7 +103,7 @@ class Fleet:
         metrics: RouterMetrics,
         rest_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """`rest_s` tells how long streams to clients rest."""
+        """`rest_s` tells how long tokens may wait for more."""
         self._rest_s = rest_s
         self.registry = Registry(silence_s=max(SILENCE_S, 2 * settings.heartbeat_s))
         self._settings = settings

@@ -165,6 +165,11 @@ class Generation:
         return self._waits_for if self._current is None else self._current[0].stage.value
 
     @property
+    def rests(self) -> bool:
+        """See `Attempt.rests`."""
+        return self._current is not None and self._current[0].rests
+
+    @property
     def attempts(self) -> list[Report]:
         """All attempts; the last one may run."""
         if self._current is None:

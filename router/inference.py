@@ -370,12 +370,13 @@ class Inference:
             span=account.span,
         )
         async with answer.running() as outputs:
-            await stream.write(accepted(valid, facts))
-            rest_s = 0.0
-            while (piece := await outputs.take(rest_s)) is not None:
-                await stream.write(chunk(piece))
-                self._wrote(piece, account)
-                rest_s = self._table.rest_s
+            with self._table.streaming(valid.sampling.n):
+                await stream.write(accepted(valid, facts))
+                rest_s = 0.0
+                while (piece := await outputs.take(rest_s)) is not None:
+                    await stream.write(chunk(piece))
+                    self._wrote(piece, account)
+                    rest_s = 0.0 if answer.rests else self._table.rest_s
         account.timeline.record(Event.FINISHED, time.monotonic())
         if account.turn is not None:
             # Before the client is told: it may begin its next turn at once.

@@ -7,8 +7,8 @@ and who is refused, is `router.admission`'s decision.
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from baton.errors import (
     AlreadyExistsError,
@@ -73,6 +73,8 @@ class RequestTable:
         client_messages_per_s: float = math.inf,
     ) -> None:
         self._client_messages_per_s = client_messages_per_s
+        self._num_streams = 0
+        """Completions that are told to clients."""
         self._admission = admission
         self._metrics = metrics
         self._requests: dict[tuple[str, RequestId], _Running] = {}
@@ -88,8 +90,8 @@ class RequestTable:
 
     @property
     def rest_s(self) -> float:
-        """How long a stream that was written to rests, so that all of them together make no more messages than the settings say."""
-        rest_s = len(self._requests) / self._client_messages_per_s
+        """How long tokens may wait for more of their completion, so that all together make no more messages than the settings say."""
+        rest_s = self._num_streams / self._client_messages_per_s
         return min(rest_s, MAX_REST_S) if rest_s >= MIN_REST_S else 0.0
 
     @property
@@ -106,6 +108,15 @@ class RequestTable:
     def num_waiting(self) -> int:
         """Requests whose turn has not come."""
         return len(self._turns)
+
+    @contextmanager
+    def streaming(self, completions: int) -> Iterator[None]:
+        """Tells so many completions to a client inside the context."""
+        self._num_streams += completions
+        try:
+            yield
+        finally:
+            self._num_streams -= completions
 
     @asynccontextmanager
     async def enter(

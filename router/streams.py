@@ -35,6 +35,9 @@ class Follower(NamedTuple):
 class Call(Protocol):
     """A call to a worker that streams responses."""
 
+    rests: bool
+    """Whether the worker joins tokens at the pace that it was told."""
+
     def follow(self, follower: Follower) -> None:
         """Hands each response on as it comes, in whoever's turn. To be called once, as soon as there is a call.
 
@@ -49,6 +52,8 @@ class Call(Protocol):
 
 class DirectCall:
     """A gRPC call of its own."""
+
+    rests = False
 
     def __init__(self, call: Any) -> None:
         self._call = call

@@ -23,8 +23,6 @@ from router.streams import Broken, Follower
 
 REOPEN_S = 1.0
 """How long a tunnel that broke is not opened again."""
-LONGER = 1.1
-"""So much longer than streams rest here, tokens rest at the worker: when they come, they need not wait once more."""
 REST_CHANGE = 0.2
 """A worker is told again of a rest that is so much longer or shorter."""
 MESSAGE_BYTES = 256 * 1024
@@ -33,6 +31,8 @@ MESSAGE_BYTES = 256 * 1024
 
 class TunnelledCall:
     """One call; see `router.streams.Call`."""
+
+    rests = True
 
     def __init__(self, parse: Callable[[bytes], Any], let_go: Callable[[], None]) -> None:
         """`let_go` has the worker end it, where it has not."""
@@ -85,7 +85,7 @@ class Tunnel:
     def __init__(
         self, channel: grpc.aio.Channel, rest_s: Callable[[], float] = lambda: 0.0
     ) -> None:
-        """`rest_s` tells how long streams to clients rest."""
+        """`rest_s` tells how long tokens may wait for more at the worker."""
         self._rest_s = rest_s
         self._told_rest_s = 0.0
         """What the worker knows of it."""
@@ -209,7 +209,7 @@ class Tunnel:
 
     def _tell_rest(self) -> None:
         """Where it has changed by so much that it matters."""
-        rest_s, told_s = LONGER * self._rest_s(), self._told_rest_s
+        rest_s, told_s = self._rest_s(), self._told_rest_s
         if abs(rest_s - told_s) > REST_CHANGE * told_s:
             self._next.rest_seconds = self._told_rest_s = rest_s
             self._changed.set()

@@ -16,7 +16,7 @@ from baton.service.settings import RouterSettings, ServerSettings
 from baton.service.tunnel import MAX_REST_S, WAITING_BYTES, Method, Outbox, TunnelServicer, pace_of
 from baton.v1 import common_pb2, tunnel_pb2, tunnel_pb2_grpc
 from router.streams import Broken, Follower
-from router.tunnel import LONGER, MESSAGE_BYTES, Tunnel, TunnelledCall
+from router.tunnel import MESSAGE_BYTES, Tunnel, TunnelledCall
 
 Handler = Callable[[common_pb2.TokenIds, Context], Any]
 METHOD = "/test/Stream"
@@ -341,9 +341,9 @@ async def test_a_worker_learns_how_long_tokens_may_wait() -> None:
         pace = paces[0]
         assert pace is not None
         for told_s, known_s in (
-            (0.05, LONGER * 0.05),
-            (0.055, LONGER * 0.05),
-            (0.02, LONGER * 0.02),
+            (0.05, 0.05),
+            (0.055, 0.05),
+            (0.02, 0.02),
             (3.0, MAX_REST_S),
         ):
             rest_s[0] = told_s
@@ -353,7 +353,7 @@ async def test_a_worker_learns_how_long_tokens_may_wait() -> None:
         rest_s[0] = 0.0
         await until(0.0)
         rest_s[0] = 0.05
-        await until(LONGER * 0.05)
+        await until(0.05)
     assert pace is not None
     assert pace.rest_s == 0.0
     assert pace_of(object()) is None

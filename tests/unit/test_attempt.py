@@ -42,6 +42,8 @@ class Call:
     def __init__(self) -> None:
         self.cancelled = False
 
+    rests = False
+
     def follow(self, follower: Follower) -> None:
         self.say, self.end, self.err = follower
 
