@@ -1,10 +1,12 @@
-"""The replays of `benchmarks.placement` on a real fleet, in real time: a router and 8 prefill and 8 decode workers as they are shipped, in
-two processes, with simulated engines that take as long as the workers of the replays in virtual time; clients go on with what was
-really answered. Both are told side by side: how far virtual time can be believed. Takes about fifteen minutes.
+"""The replays of `benchmarks.placement` on a real fleet, in slow motion: a router and 8 prefill and 8 decode workers as they are
+shipped, in two processes, with simulated engines that take as long as the workers of the replays in virtual time; clients go on with
+what was really answered. Both are told side by side: how far virtual time can be believed. Engines, arrivals and pauses take `SLOW`
+times as long, since two cores run all of it, and what is measured is divided by that. Takes about a quarter of an hour.
 
     python -m benchmarks.placement_fleet --output benchmarks/results/placement_fleet.json
 
-KV is handed over within a process, which costs next to nothing; in virtual time, half of the handoffs cross nodes.
+KV is handed over within a process, which costs next to nothing, and placement sees one node; in virtual time there are several. A
+session's turn waits for the one before it; in virtual time it does not.
 """
 
 import argparse
@@ -29,17 +31,21 @@ from benchmarks.placement import (
     TTFT_TARGET_S,
     Figures,
     figures_of,
-    replay,
 )
-from benchmarks.placement_sim import BLOCK_TOKENS, Speeds, TraceRequest
+from benchmarks.placement_sim import BLOCK_TOKENS, SimFleet, Speeds, TraceRequest
 from benchmarks.placement_traces import AGENT, CONVERSATION, Shape, owner_of, trace
 from benchmarks.report import write_report
 from benchmarks.router_load import CHANNEL_OPTIONS, GENERATE, running_router, running_workers
+from router.policies import policy_of
 
 VOCAB = 50_000
 MAX_CONTEXT_TOKENS = 200_000
 CHUNK_TOKENS = 2048
 CHANNELS = 4
+LOCAL_TOKENS = 32
+SLOW = 2.0
+SHORT_S = 0.005
+"""A shorter wait is none."""
 
 
 @dataclass(slots=True)
@@ -50,6 +56,9 @@ class Played:
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     cached_tokens: int = 0
+    """Found in a cache, on either side."""
+    waited_s: float = 0.0
+    """For its session's turn before; no part of the time to its first token."""
 
 
 @dataclass(slots=True)
@@ -80,16 +89,19 @@ class Clients:
         async with asyncio.TaskGroup() as group:
             tasks = []
             for number, request in enumerate(requests):
-                await asyncio.sleep(began_s + request.at_s - time.monotonic())
+                await asyncio.sleep(began_s + SLOW * request.at_s - time.monotonic())
                 tasks.append(group.create_task(self._ask(number, request)))
         return [task.result() for task in tasks]
 
     async def _ask(self, number: int, request: TraceRequest) -> Played:
         session = self._sessions.setdefault(owner_of(request.whole[-1]), Conversation())
+        arrived_s = time.monotonic()
         async with session.turn:
+            waited_s = time.monotonic() - arrived_s
             prompt = _prompt(request, session.said)
             played, answer = await self._generate(number, request, prompt)
             session.said = prompt + answer
+        played.waited_s = waited_s / SLOW
         return played
 
     async def _generate(
@@ -113,8 +125,8 @@ class Clients:
                 case "finished":
                     played.cached_tokens = response.finished.usage.cached_tokens
         assert len(answer) == request.output_tokens
-        played.ttft_s = first_s - began_s
-        played.tpot_s = (last_s - first_s) / max(1, len(answer) - 1)
+        played.ttft_s = (first_s - began_s) / SLOW
+        played.tpot_s = (last_s - first_s) / SLOW / max(1, len(answer) - 1)
         return played, answer
 
 
@@ -141,16 +153,35 @@ def engine_settings(speeds: Speeds) -> dict[str, str]:
         "max_context_tokens": MAX_CONTEXT_TOKENS,
         "max_batch_tokens": CHUNK_TOKENS,
     }
-    prefill = both | {"token_s": 1 / speeds.prefill_tokens_per_s}
-    decode = both | {"step_s": speeds.step_s, "token_s": speeds.step_per_request_s}
+    prefill = both | {"token_s": SLOW / speeds.prefill_tokens_per_s}
+    # The first request's share is in the step.
+    step_s = speeds.step_s - speeds.step_per_request_s
+    decode = both | {"step_s": SLOW * step_s, "token_s": SLOW * speeds.step_per_request_s}
     return {"prefill_sim": json.dumps(prefill), "decode_sim": json.dumps(decode)}
 
 
-def replay_on_fleet(
-    shape: Shape, policy: PlacementPolicy, rate_per_s: float, requests: int
-) -> Figures:
-    """One trace, one policy, one rate."""
-    played = trace(shape, requests=requests, rate_per_s=rate_per_s)
+def replay_in_virtual_time(policy: PlacementPolicy, played: list[TraceRequest]) -> Figures:
+    """As `benchmarks.placement`, but for what counts as found in a cache."""
+    fleet = SimFleet(
+        policy_of(policy, local_prefill_tokens=LOCAL_TOKENS),
+        prefill=PREFILL,
+        decode=DECODE,
+        speeds=Speeds(),
+    )
+    outcomes = [
+        Played(
+            each.request,
+            each.ttft_s,
+            each.tpot_s,
+            max(each.cached_tokens, BLOCK_TOKENS * each.skip_blocks),
+        )
+        for each in fleet.play(played)
+    ]
+    return figures_of(outcomes, played)
+
+
+def replay_on_fleet(policy: PlacementPolicy, played: list[TraceRequest]) -> Figures:
+    """On real processes."""
 
     async def play(address: str) -> list[Played]:
         channels = [
@@ -161,15 +192,24 @@ def replay_on_fleet(
         return outcomes
 
     with (
-        running_router(max_running=4096, local_prefill_tokens=32, placement=policy.value) as router,
+        running_router(
+            max_running=4096, local_prefill_tokens=LOCAL_TOKENS, placement=policy.value
+        ) as router,
         running_workers(
             router, kind="sim", prefill=PREFILL, decode=DECODE, **engine_settings(Speeds())
-        ),
+        ) as workers,
     ):
-        cpu_s, wall_s = router.cpu_s, time.monotonic()
+        processes, began_s = {"router": router, "workers": workers}, time.monotonic()
+        before_s = {name: each.cpu_s for name, each in processes.items()}
         outcomes = asyncio.run(play(router.address))
-        busy = (router.cpu_s - cpu_s) / (time.monotonic() - wall_s)
-    return figures_of(outcomes, played) | {"router_utilisation": busy}
+        wall_s = time.monotonic() - began_s
+        busy = {
+            f"{name}_utilisation": (each.cpu_s - before_s[name]) / wall_s
+            for name, each in processes.items()
+        }
+    waited = [each.waited_s for each in outcomes if each.waited_s > SHORT_S]
+    turns = {"turns_that_waited": float(len(waited)), "longest_wait_s": max(waited, default=0.0)}
+    return figures_of(outcomes, played) | busy | turns
 
 
 def _print_table(shape: Shape, rate: float, kinds: Mapping[str, Mapping[str, Figures]]) -> None:
@@ -186,7 +226,7 @@ def _print_table(shape: Shape, rate: float, kinds: Mapping[str, Mapping[str, Fig
 def main() -> None:
     """Prints the tables, and writes the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--requests", type=int, default=700, help="of each replay")
+    parser.add_argument("--requests", type=int, default=400, help="of each replay")
     parser.add_argument("--share", type=float, default=1.0, help="of the usual rates")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -194,10 +234,11 @@ def main() -> None:
     rates = {name: given.share * rate for name, rate in HEADLINE_PER_S.items()}
     for shape in (CONVERSATION, AGENT):
         rate = rates[shape.name]
+        played = trace(shape, requests=given.requests, rate_per_s=rate)
         results[shape.name] = {
             policy.value: {
-                "virtual": replay(shape, policy, rate, given.requests),
-                "real": replay_on_fleet(shape, policy, rate, given.requests),
+                "virtual": replay_in_virtual_time(policy, played),
+                "real": replay_on_fleet(policy, played),
             }
             for policy in PlacementPolicy
         }
@@ -210,6 +251,7 @@ def main() -> None:
             "tpot_target_s": TPOT_TARGET_S,
             "requests": given.requests,
             "requests_per_s": rates,
+            "slow": SLOW,
         }
         write_report(given.output, settings=settings, raw=dict(results), summary=dict(results))
 

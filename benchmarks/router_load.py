@@ -75,7 +75,7 @@ def running_router(**settings: object) -> Iterator[Measured]:
 
 
 @contextmanager
-def running_workers(router: Measured, **flags: object) -> Iterator[None]:
+def running_workers(router: Measured, **flags: object) -> Iterator[Measured]:
     """Workers in a process of their own; see `benchmarks.processes.many_workers`."""
     command = [
         sys.executable,
@@ -94,7 +94,7 @@ def running_workers(router: Measured, **flags: object) -> Iterator[None]:
         try:
             assert process.stdout.readline() == "ready\n"
             time.sleep(1.5)  # the first heartbeats
-            yield
+            yield Measured(process, "")
         finally:
             process.stdin.close()
             try:
