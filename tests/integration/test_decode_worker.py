@@ -208,7 +208,7 @@ async def test_a_handover_that_nobody_waits_for_any_more_stops_nothing() -> None
                 hand_over = decode_pb2.HandOverRequest(key=key_to_proto(key("a")))
                 # The engine stops it after the step that has just begun, and says so after the one that follows.
                 with pytest.raises(grpc.RpcError) as refused:
-                    await rig.decode_stub.HandOver(hand_over, timeout=1.5 * slow.step_s)
+                    await rig.decode_stub.HandOver(hand_over, timeout=1.1 * slow.step_s)
                 assert isinstance(error_from_rpc(refused.value), DeadlineError)
         assert tokens == wanted.tokens
         other.cancel()
