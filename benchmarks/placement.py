@@ -30,6 +30,14 @@ RATES_PER_S: Mapping[str, Sequence[float]] = {
 HEADLINE_PER_S = {CONVERSATION.name: 6.0, AGENT.name: 14.0}
 """The rate of the table: about what the fleet can do where nothing is reused on purpose."""
 
+REPLAYED = {
+    "prefill_workers": PREFILL,
+    "decode_workers": DECODE,
+    "ttft_target_s": TTFT_TARGET_S,
+    "tpot_target_s": TPOT_TARGET_S,
+}
+"""What every replay's report tells."""
+
 Figures = dict[str, float]
 
 
@@ -141,11 +149,7 @@ def main() -> None:
     if given.plot is not None:
         _plot(given.plot, results)
     if given.output is not None:
-        settings = {
-            "prefill_workers": PREFILL,
-            "decode_workers": DECODE,
-            "ttft_target_s": TTFT_TARGET_S,
-            "tpot_target_s": TPOT_TARGET_S,
+        settings = REPLAYED | {
             "requests": given.requests,
             "speeds": asdict(Speeds()),
             "traces": {shape.name: asdict(shape) for shape in (CONVERSATION, AGENT)},

@@ -27,8 +27,7 @@ from benchmarks.placement import (
     DECODE,
     HEADLINE_PER_S,
     PREFILL,
-    TPOT_TARGET_S,
-    TTFT_TARGET_S,
+    REPLAYED,
     Figures,
     figures_of,
 )
@@ -244,11 +243,7 @@ def main() -> None:
         }
         _print_table(shape, rate, results[shape.name])
     if given.output is not None:
-        settings = {
-            "prefill_workers": PREFILL,
-            "decode_workers": DECODE,
-            "ttft_target_s": TTFT_TARGET_S,
-            "tpot_target_s": TPOT_TARGET_S,
+        settings = REPLAYED | {
             "requests": given.requests,
             "requests_per_s": rates,
             "slow": SLOW,

@@ -11,7 +11,7 @@ from baton.service.keys import TenantLimits
 from baton.service.metrics import RouterMetrics
 from baton.types import RequestId
 from router.admission import Admission
-from router.requests import RequestTable
+from router.requests import MAX_REST_S, RequestTable
 from router.tenants import Demand
 
 NAME = RequestId("r")
@@ -142,3 +142,18 @@ async def test_a_draining_router_takes_no_request_from_its_stream(rig: Rig) -> N
     rig.table.abort_all(DrainingError("the router stopped"))
     with pytest.raises(DrainingError, match="stopped"):
         await first.task
+
+
+def test_tokens_rest_the_longer_the_more_completions_are_told() -> None:
+    """Promise: all completions together, those of one request too, make no more messages than were asked for; few do not rest at all,
+    and none rests for long.
+    """
+    rig = Rig()
+    table = RequestTable(rig.admission, rig.metrics, client_messages_per_s=1000.0)
+    with table.streaming(4):
+        assert table.rest_s == 0.0
+        with table.streaming(16):
+            assert table.rest_s == pytest.approx(0.02)
+            with table.streaming(5000):
+                assert table.rest_s == MAX_REST_S
+        assert table.rest_s == 0.0
