@@ -277,3 +277,20 @@ async def _refusal(call: Any, message: fleet_pb2.JoinRequest) -> BatonError | No
     finally:
         call.cancel()
     return None
+
+
+async def test_tokens_that_no_worker_joins_rest_at_the_router() -> None:
+    """Promise: calls without a tunnel make no more messages to clients than were asked for."""
+    async with cluster(client_messages_per_s=1.0) as here:
+        await here.prefill("p")
+        decode = await here.decode("d")
+
+        async def slowly(stage: str) -> None:
+            if stage.startswith("token:"):
+                await asyncio.sleep(0.01)
+
+        decode.script = slowly
+        messages = [response async for response in here.call(None)]
+    chunks = [each.chunk.tokens.token_ids for each in messages if each.HasField("chunk")]
+    assert [token for chunk in chunks for token in chunk] == expected(PROMPT, 10)
+    assert len(chunks) <= 6

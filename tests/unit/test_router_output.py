@@ -136,3 +136,24 @@ async def test_a_reader_that_keeps_up_is_never_given_up() -> None:
             for _ in range(5):
                 buffer.take()
     assert not buffer.overflowed
+
+
+async def test_what_comes_within_a_rest_is_one_piece_and_the_end_ends_the_rest() -> None:
+    """Promise: for tokens that no worker joins."""
+    buffer = output()
+    outputs = Outputs([buffer])
+    for rest_s, ends in ((0.05, False), (86_400.0, True)):
+        taking = asyncio.create_task(outputs.take(rest_s))
+        for _ in range(3):
+            await asyncio.sleep(0)
+            buffer.put(TokenChunk(len(buffer.generated), (97,)))
+        assert not taking.done()
+        if ends:
+            buffer.finish()
+            buffer.close()
+        async with asyncio.timeout(5):
+            piece = await taking
+        assert piece is not None
+        assert piece.tokens is not None
+        assert len(piece.tokens.token_ids) == 3
+    assert await outputs.take() is None
