@@ -222,6 +222,32 @@ def test_kv_crosses_to_other_blocks_and_other_kernels(
             assert (found - expected).abs().max() < 0.06 * expected.abs().max()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("dtype", "weights"), FORMATS)
+@pytest.mark.parametrize("name", ["llama", "window", "wide", "tiled window"])
+def test_what_is_no_number_in_a_block_does_not_reach_its_next_owner(
+    paths: dict[str, Path], name: str, dtype: str, weights: WeightFormat | None, kernels: str
+) -> None:
+    """Promise: a request that overflows spoils no other, whether that one computes its KV there or receives it."""
+    tokens = oracle.prompt_of(75)
+    settings = {"dtype": dtype, "weights": weights, "kernels": kernels}
+    clean, spoilt, receiving = (runner_of(paths[name], **settings) for _ in range(3))
+    spec = clean.info.spec
+    nothing = np.full(spec.wire_shape(clean.info.num_blocks * 16), np.nan, np.float32)
+    if spec.dtype.wire_dtype != np.float32:
+        # The upper half of a NaN is one in bfloat16.
+        nothing = (nothing.view(np.uint32) >> 16).astype(np.uint16)
+    for runner in (spoilt, receiving):
+        runner.write_kv(range(runner.info.num_blocks), 0, sealed(nothing))
+    expected = in_chunks(clean, tokens, [37, 74])
+    assert expected.isfinite().all()
+    assert torch.equal(in_chunks(spoilt, tokens, [37, 74]), expected)
+    blocks = row(tokens, 0, 1).block_table
+    for first, last in ((0, 37), (37, 74)):
+        receiving.write_kv(blocks, first, clean.read_kv(blocks, first, last))
+    assert torch.equal(logits_of(receiving, [row(tokens, 74, 75)])[0], expected)
+
+
 def test_corrupt_kv_is_refused_and_leaves_nothing(paths: dict[str, Path]) -> None:
     runner = runner_of(paths["llama"])
     logits_of(runner, [row(oracle.prompt_of(40), 0, 40)])

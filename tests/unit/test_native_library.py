@@ -1,5 +1,6 @@
 """Where the native kernels can't be used, on whatever processor: the engine says why, and torch computes."""
 
+import ctypes
 import logging
 import shutil
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -10,6 +11,7 @@ import pytest
 
 from baton.engine import backends
 from baton.engine.config import EngineConfig
+from baton.engine.native import library
 from baton.engine.native.library import NEEDED, load_library
 from baton.engine.runner import ModelRunner
 from baton.engine.torch_backend import TorchBackend
@@ -45,6 +47,20 @@ def test_kernels_that_cannot_be_loaded_are_not_the_end_of_the_worker(
     found = load_library(tmp_path, NEEDED)
     assert isinstance(found, str)
     assert f"{NAME} can't be loaded: " in found
+
+
+def test_kernels_of_another_layout_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise: what was compiled before a change of the structures is not used, since it would read and write elsewhere."""
+
+    class Another(ctypes.Structure):
+        _fields_ = (("tokens", ctypes.c_void_p),)
+
+    folder = Path(library.__file__).parent
+    assert isinstance(load_library(folder, NEEDED), library.Library)
+    monkeypatch.setattr(library, "Batch", Another)
+    found = load_library(folder, NEEDED)
+    assert isinstance(found, str)
+    assert "compiled for another version of Baton" in found
 
 
 def test_the_log_says_why_torch_computes(

@@ -106,9 +106,10 @@ class Library:
     """The functions of `src/api.cpp`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where it can't be loaded, and AttributeError where it is another version's."""
+        """Raises OSError where it can't be loaded or has another layout, and AttributeError where it lacks a function."""
         self._code = ctypes.CDLL(str(path))
         declared = {
+            "baton_layout": (c_int64, []),
             "baton_packed_bytes": (c_int64, [c_int32, c_int64, c_int64]),
             "baton_pack": (
                 None,
@@ -131,6 +132,8 @@ class Library:
         for name, (result, arguments) in declared.items():
             function = getattr(self._code, name)
             function.restype, function.argtypes = result, arguments
+        if self._code.baton_layout() != _layout():
+            raise OSError("it was compiled for another version of Baton; install Baton again")
 
     def packed_bytes(self, form: Format, n: int, k: int) -> int:
         return int(self._code.baton_packed_bytes(form, n, k))
@@ -192,6 +195,14 @@ class Library:
         self, engine: int, plane: int, layer: int, table: int, first: int, last: int, wire: int
     ) -> None:
         self._code.baton_write_kv(engine, plane, layer, table, first, last, wire)
+
+
+def _layout() -> int:
+    """As `baton_layout` in `src/api.cpp`."""
+    layout = 0
+    for structure in (Layer, Model, Pool, Batch):
+        layout = layout << 16 | ctypes.sizeof(structure)
+    return layout
 
 
 @cache

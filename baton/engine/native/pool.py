@@ -1,6 +1,7 @@
 """The KV blocks of the native kernels, and their copies to and from wire layout. See `src/cache.h` for the order within a block.
 
-As `baton.kv.pool`: which block belongs to whom is not known here, and a block is never cleared. Used by the engine thread only.
+As `baton.kv.pool`: which block belongs to whom is not known here. Unlike there, a slot may hold what is no number: whoever begins a tile
+of 16 tokens clears what lies beyond. Used by the engine thread only.
 """
 
 from collections.abc import Sequence

@@ -81,6 +81,11 @@ Engine* make_engine(const BatonModel& model, const BatonPool& pool, int threads,
 
 extern "C" {
 
+// Tells one layout of the structures from another: their sizes in bytes.
+int64_t baton_layout() {
+  return ((((int64_t)sizeof(BatonLayer) << 16 | sizeof(BatonModel)) << 16 | sizeof(BatonPool)) << 16) | sizeof(BatonBatch);
+}
+
 // Bytes of a packed matrix.
 int64_t baton_packed_bytes(int32_t format, int64_t n, int64_t k) {
   const int64_t panels = (n + PANEL - 1) / PANEL;

@@ -67,4 +67,16 @@ void store_value(char* tile, int lane, const float* value, int head_dim) {
   }
 }
 
+// Clears the values of tokens [lane, 16) of a tile. What is left there of another sequence may be no numbers, and attention weighs tokens
+// that nobody sees too, with 0. Their keys it does not miss: it reads no score of theirs.
+inline void clear_values(char* tile, int lane, int head_dim, int values) {
+  const size_t token_bytes = (size_t)head_dim * (4 / values);
+  if (values == 2 && lane % 2 == 1) {
+    char* pairs = tile + (lane - 1) * token_bytes;
+    for (int d = 0; d < head_dim; ++d) std::memset(pairs + d * 4 + 2, 0, 2);
+    ++lane;
+  }
+  std::memset(tile + lane * token_bytes, 0, (TOKENS - lane) * token_bytes);
+}
+
 }  // namespace baton

@@ -237,11 +237,14 @@ class Decoder {
     const int group = kv_.group();
     for (int h = 0; h < model_.num_heads; ++h) put_query(t, h / group, h % group, heads + h * head_dim);
     const int32_t* row = batch.rows + row_of_[t] * 4;
-    const int position = positions_[t];
+    const int position = positions_[t], lane = position % TOKENS;
+    // The last token of those that begin a tile: no other thread writes beyond it.
+    const bool ends = position == row[2] + row[1] - 1 && position - lane >= row[2];
     for (int h = 0; h < model_.num_kv_heads; ++h) {
       const size_t at = cache.tile_at(batch.tables + row[3], position, h);
-      store_key<C>(cache.keys + at, position % TOKENS, heads + (model_.num_heads + h) * head_dim, head_dim);
-      store_value<C>(cache.values + at, position % TOKENS, heads + (rotated + h) * head_dim, head_dim);
+      store_key<C>(cache.keys + at, lane, heads + (model_.num_heads + h) * head_dim, head_dim);
+      store_value<C>(cache.values + at, lane, heads + (rotated + h) * head_dim, head_dim);
+      if (ends) clear_values(cache.values + at, lane + 1, head_dim, C::VALUES);
     }
   }
 

@@ -97,6 +97,7 @@ void move_tokens(const KvShape& kv, bool keys, char* base, const int32_t* table,
     for (int h = 0; h < kv.num_kv_heads; ++h) {
       char* tile = base + cache.tile_at(table, at, h);
       char* rows = wire + (size_t)(at - first) * token_bytes + h * head_bytes;
+      if (!Read && !keys && from == 0 && to < TOKENS) clear_values(tile, to, kv.head_dim, kv.values);
       if (keys) {
         move_keys<Read>((int)(head_bytes / 4), tile, from, to, rows, token_bytes);
       } else if (kv.values == 2) {
