@@ -1,11 +1,14 @@
-"""CPU time of a server's processes, by what they are. Reads /proc."""
+"""CPU time of a server's processes, by what they are; of its workers', that of the engines' threads by itself. Reads /proc."""
 
 import os
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+ENGINES = ("baton-engine", "baton-helper")
+"""Names of the threads that compute: `baton.engine.aio` and the native kernels' team."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +16,13 @@ class _Process:
     parent: int
     kind: str
     cpu_s: float
+    engines_cpu_s: float
+    """Of the threads that compute."""
 
 
 def cpu_by_kind(root: int) -> dict[str, float]:
-    """Seconds of CPU time that the process and its descendants have used so far: `router`, `workers`, `ray` and `server`, which is
-    all else.
+    """Seconds of CPU time that the process and its descendants have used so far: `router`, `engines`, which are the threads that compute,
+    `workers`, which are the rest of their processes, `ray`, and `server`, which is all else.
     """
     processes = {int(each.name): _read(each) for each in Path("/proc").glob("[0-9]*")}
     children: defaultdict[int, list[int]] = defaultdict(list)
@@ -30,7 +35,10 @@ def cpu_by_kind(root: int) -> dict[str, float]:
         pid = pending.pop()
         process = processes.get(pid)
         if process is not None:
-            used[process.kind] += process.cpu_s
+            computing_s = min(process.engines_cpu_s, process.cpu_s)
+            used[process.kind] += process.cpu_s - computing_s
+            if process.kind == "workers":
+                used["engines"] += computing_s
             pending += children[pid]
     return dict(used)
 
@@ -38,11 +46,27 @@ def cpu_by_kind(root: int) -> dict[str, float]:
 def _read(directory: Path) -> _Process | None:
     """None where it has ended."""
     try:
-        stat = (directory / "stat").read_text().rpartition(") ")[2].split()
+        parent, _, cpu_s = _told(directory / "stat")
         command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return None
-    return _Process(int(stat[1]), _kind(command), (int(stat[11]) + int(stat[12])) * TICK_S)
+    return _Process(parent, _kind(command), cpu_s, _of_engines(directory / "task"))
+
+
+def _of_engines(threads: Path) -> float:
+    cpu_s = 0.0
+    for each in threads.glob("*/stat"):
+        with suppress(OSError):
+            _, name, spent_s = _told(each)
+            cpu_s += spent_s if name in ENGINES else 0.0
+    return cpu_s
+
+
+def _told(stat: Path) -> tuple[int, str, float]:
+    """The parent, the name, and the CPU time of a process or thread."""
+    head, _, tail = stat.read_text().rpartition(") ")
+    fields = tail.split()
+    return int(fields[1]), head.partition("(")[2], (int(fields[11]) + int(fields[12])) * TICK_S
 
 
 def _kind(command: str) -> str:

@@ -7,7 +7,9 @@ turn, closed-loop.
 
     python -m benchmarks.serve.split [--models qwen smollm2 sim] [--streams 16] [--rounds 5]
 
-CPU time is that of all processes; it tells what the router, gRPC, Ray and the copies take, also on a machine that has other work. With
+CPU time is that of all processes, also on a machine that has other work. What is beside the engines' threads is the router, gRPC and Ray:
+the split's own share is what it takes of that beyond a single worker, of all that this one takes. The engines' threads take more too:
+prompts are computed apart from generation, so that weights are read for both, and KV is copied out of one pool and into another. With
 the model `sim` a step takes a fixed time and no core: what is lost there is lost to waiting.
 """
 
@@ -67,6 +69,9 @@ def _sample(loaded: Loaded) -> dict[str, Any]:
         "itl_p50_ms": round(figures.itl_s.p50 * 1e3, 2),
         "itl_p99_ms": round(figures.itl_s.p99 * 1e3, 2),
         "cpu_us_per_token": round(sum(loaded.cpu_us_per_token.values()), 1),
+        "beside_engines_us_per_token": round(
+            sum(us for kind, us in loaded.cpu_us_per_token.items() if kind != "engines"), 1
+        ),
         "by_process": {k: round(v, 1) for k, v in loaded.cpu_us_per_token.items()},
     }
 
@@ -92,6 +97,9 @@ def summarized(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for field in ("tokens_per_s", "cpu_us_per_token"):
             ratio = statistics.median(a[field] / b[field] for a, b in pairs)
             median[name][f"{field}_ratio"] = round(ratio, 4)
+        beside = "beside_engines_us_per_token"
+        own = statistics.median((a[beside] - b[beside]) / b["cpu_us_per_token"] for a, b in pairs)
+        median[name]["own_share"] = round(own, 4)
     return median
 
 
@@ -117,7 +125,7 @@ def main() -> None:
             print(
                 f"{model:8} {name:7} {row['tokens_per_s']:8.1f} tokens/s ({row['tokens_per_s_ratio']:.1%})  "
                 f"ITL p50 {row['itl_p50_ms']:7.2f} ms  {row['cpu_us_per_token']:8.0f} us of CPU a token "
-                f"({row['cpu_us_per_token_ratio']:.1%}) {row['by_process']}"
+                f"({row['cpu_us_per_token_ratio']:.1%}, of its own {row['own_share']:+.1%}) {row['by_process']}"
             )
     told = {k: v for k, v in vars(args).items() if k not in ("out", "cache")}
     write_report(args.out, settings=told, raw=raw, summary=summary)

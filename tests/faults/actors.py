@@ -5,6 +5,7 @@ routers that they join. Runs on the test's event loop, in the process that is co
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from baton.types import Role, WorkerId
 from baton.worker.actor import ActorConfig, RunningWorker, WorkerActor, launch
 from decode_worker.actor import DecodeActor
 from prefill_worker.actor import PrefillActor
-from tests.faults.probes import blocks_at_rest, metrics_of
+from tests.faults.probes import load_of, metrics_of, tells_of_rest
 from tests.faults.routers import RouterProcess
 
 TALES = Path(baton.__file__).parent / "models" / "tales"
@@ -96,16 +97,26 @@ class ActorFleet:
         return drained
 
     async def at_rest(self, timeout_s: float) -> None:
-        """Returns once no worker holds anything for any request, and none holds a block that belongs to no call."""
+        """Returns once no worker holds anything for any request, and none holds a block that belongs to no call. Fails with what was told
+        until then, and when.
+        """
         waiting = list(self.workers.values())
-        async with asyncio.timeout(timeout_s):
-            for worker in waiting:
-                while not await asyncio.to_thread(blocks_at_rest, worker.info):  # noqa: ASYNC110 - another process's
-                    await asyncio.sleep(0.02)
+        told: list[str] = []
+        began_s = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for worker in waiting:
+                    while not tells_of_rest(
+                        worker.info, load := await asyncio.to_thread(load_of, worker.info)
+                    ):
+                        told.append(f"{time.monotonic() - began_s:.2f} s: {load}")
+                        await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"{worker.info.worker_id} told {told}") from None
         for worker in waiting:
-            told = await asyncio.to_thread(metrics_of, worker.info)
+            samples = await asyncio.to_thread(metrics_of, worker.info)
             orphaned = f'baton_worker_orphaned_kv_blocks{{role="{worker.info.role.value}"}}'
-            assert told[orphaned] == 0
+            assert samples[orphaned] == 0
 
     async def total(self, role: Role, metric: str) -> float:
         """A counter's sum over the workers of a role."""

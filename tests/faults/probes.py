@@ -23,7 +23,11 @@ def load_of(worker: WorkerInfo) -> common_pb2.WorkerLoad:
 
 def blocks_at_rest(worker: WorkerInfo) -> bool:
     """Whether a worker holds nothing for anybody."""
-    load = load_of(worker)
+    return tells_of_rest(worker, load_of(worker))
+
+
+def tells_of_rest(worker: WorkerInfo, load: common_pb2.WorkerLoad) -> bool:
+    """Whether a load is that of a worker that holds nothing for anybody."""
     return (
         load.running_requests == load.waiting_requests == 0
         and load.free_blocks + load.cached_blocks == worker.num_blocks

@@ -32,7 +32,12 @@ def test_a_rate_is_told_by_the_median_of_its_rounds() -> None:
 
 
 def sample(tokens_per_s: float, cpu_us: float) -> dict[str, Any]:
-    return {"tokens_per_s": tokens_per_s, "cpu_us_per_token": cpu_us, "by_process": {"ray": cpu_us}}
+    return {
+        "tokens_per_s": tokens_per_s,
+        "cpu_us_per_token": cpu_us,
+        "beside_engines_us_per_token": cpu_us / 2,
+        "by_process": {"ray": cpu_us},
+    }
 
 
 def test_the_split_is_compared_round_by_round() -> None:
@@ -46,6 +51,7 @@ def test_the_split_is_compared_round_by_round() -> None:
     split, single = found["split"], found["single"]
     assert (split["tokens_per_s_ratio"], split["cpu_us_per_token_ratio"]) == (0.9, 1.1)
     assert (single["tokens_per_s_ratio"], single["cpu_us_per_token_ratio"]) == (1, 1)
+    assert (split["own_share"], single["own_share"]) == (0.05, 0)
     assert split["by_process"] == {"ray": 22}
 
 
@@ -61,6 +67,40 @@ def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
         process.communicate("\n", timeout=20)
     assert used["router"] >= 0.05
     assert cpu_by_kind(process.pid) == {}
+
+
+def test_the_time_of_threads_that_compute_is_told_by_itself() -> None:
+    """Promise: of a worker's time, `engines` is what engines' threads take, by the name they have, and `workers` the rest."""
+    program = """
+import asyncio, sys, time
+from contextlib import suppress
+from baton.engine.aio import AsyncEngine
+
+def compute():
+    end_s = time.thread_time() + 0.4
+    while time.thread_time() < end_s:
+        pass
+    print("done", flush=True)
+    input()
+    sys.exit(0)
+
+with suppress(SystemExit):
+    asyncio.run(AsyncEngine(compute, name="test").start())
+"""
+    with subprocess.Popen(
+        ["ray::FlexActor", "-c", program],
+        executable=sys.executable,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n"
+        used = cpu_by_kind(process.pid)
+        process.communicate("\n", timeout=20)
+    assert used["engines"] == pytest.approx(0.4, abs=0.1)
+    # Imports, on the main thread.
+    assert used["workers"] > 0.05
 
 
 ROWS: list[dict[str, Any]] = [
