@@ -11,25 +11,31 @@ namespace baton {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
+// p0 + p1 x + p2 x^2 and so on.
+template <class... More>
+inline __m512 polynomial(__m512 x, float first, More... more) {
+  if constexpr (sizeof...(more) == 0) {
+    return _mm512_set1_ps(first);
+  } else {
+    return _mm512_fmadd_ps(polynomial(x, more...), x, _mm512_set1_ps(first));
+  }
+}
+
 // 2^x, of x up to 126, and as if x were -100 below that: numbers too small to be normal take some processors a hundred times longer.
 // To about one unit in the last place where `Exact`, else to 2^-18, which bfloat16 does not see. Of what is no number, none.
 template <bool Exact>
 inline __m512 exp2_ps(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
-  const __m512 n = _mm512_roundscale_ps(x, 0x08);
-  const __m512 r = _mm512_sub_ps(x, n);
-  // Taylor's series in r ln(2): |r| is at most 1 / 2.
-  __m512 p = _mm512_set1_ps(Exact ? 1.5252733804e-5f : 1.3333558146e-3f);
   if constexpr (Exact) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.5403530394e-4f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3333558146e-3f));
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // Taylor's series in r ln(2): |r| is at most 1 / 2.
+    return _mm512_scalef_ps(polynomial(_mm512_sub_ps(x, n), 1.0f, 6.9314718056e-1f, 2.4022650696e-1f, 5.5504108665e-2f, 9.6181291076e-3f,
+                                       1.3333558146e-3f, 1.5403530394e-4f, 1.5252733804e-5f), n);
+  } else {
+    // Of [0, 1), the polynomial of this degree whose greatest relative error is the least. Scaling rounds x down.
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(polynomial(r, 1.0000025934f, 6.9300383447e-1f, 2.4144275689e-1f, 5.2011460619e-2f, 1.3534167912e-2f), x);
   }
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291076e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504108665e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022650696e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718056e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
 }
 
 inline float exp2_one(float x) { return _mm512_cvtss_f32(exp2_ps<true>(_mm512_set1_ps(x))); }
