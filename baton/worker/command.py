@@ -145,7 +145,13 @@ def _parser(role: Role | None) -> argparse.ArgumentParser:
     add("--port", type=int, help="gRPC port; 0 takes a free one")
     add("--metrics-port", type=int, help="Prometheus port; 0 takes a free one")
     add("--worker-id", help="default: made from role, host name and random letters")
-    add("--drain-grace-s", type=float, help="how long running requests may go on after SIGTERM")
+    add(
+        "--drain-grace",
+        type=float,
+        dest="drain_grace_s",
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM",
+    )
     add("--log-format", choices=[each.value for each in LogFormat])
     add("--log-level", choices=[each.value for each in LogLevel])
     add(
