@@ -17,7 +17,7 @@ class _Process:
     kind: str
     cpu_s: float
     engines_cpu_s: float
-    """Of the threads that compute."""
+    """Of a worker's threads that compute."""
 
 
 def cpu_by_kind(root: int) -> dict[str, float]:
@@ -35,10 +35,9 @@ def cpu_by_kind(root: int) -> dict[str, float]:
         pid = pending.pop()
         process = processes.get(pid)
         if process is not None:
-            computing_s = min(process.engines_cpu_s, process.cpu_s)
-            used[process.kind] += process.cpu_s - computing_s
+            used[process.kind] += process.cpu_s - process.engines_cpu_s
             if process.kind == "workers":
-                used["engines"] += computing_s
+                used["engines"] += process.engines_cpu_s
             pending += children[pid]
     return dict(used)
 
@@ -50,7 +49,9 @@ def _read(directory: Path) -> _Process | None:
         command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return None
-    return _Process(parent, _kind(command), cpu_s, _of_engines(directory / "task"))
+    kind = _kind(command)
+    engines_cpu_s = _of_engines(directory / "task") if kind == "workers" else 0.0
+    return _Process(parent, kind, cpu_s, min(engines_cpu_s, cpu_s))
 
 
 def _of_engines(threads: Path) -> float:

@@ -69,9 +69,6 @@ def _sample(loaded: Loaded) -> dict[str, Any]:
         "itl_p50_ms": round(figures.itl_s.p50 * 1e3, 2),
         "itl_p99_ms": round(figures.itl_s.p99 * 1e3, 2),
         "cpu_us_per_token": round(sum(loaded.cpu_us_per_token.values()), 1),
-        "beside_engines_us_per_token": round(
-            sum(us for kind, us in loaded.cpu_us_per_token.items() if kind != "engines"), 1
-        ),
         "by_process": {k: round(v, 1) for k, v in loaded.cpu_us_per_token.items()},
     }
 
@@ -97,10 +94,17 @@ def summarized(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for field in ("tokens_per_s", "cpu_us_per_token"):
             ratio = statistics.median(a[field] / b[field] for a, b in pairs)
             median[name][f"{field}_ratio"] = round(ratio, 4)
-        beside = "beside_engines_us_per_token"
-        own = statistics.median((a[beside] - b[beside]) / b["cpu_us_per_token"] for a, b in pairs)
+        own = statistics.median(
+            (_beside_engines_us(a) - _beside_engines_us(b)) / b["cpu_us_per_token"]
+            for a, b in pairs
+        )
         median[name]["own_share"] = round(own, 4)
     return median
+
+
+def _beside_engines_us(sample: dict[str, Any]) -> float:
+    used: dict[str, float] = sample["by_process"]
+    return sum(us for kind, us in used.items() if kind != "engines")
 
 
 def main() -> None:

@@ -35,8 +35,7 @@ def sample(tokens_per_s: float, cpu_us: float) -> dict[str, Any]:
     return {
         "tokens_per_s": tokens_per_s,
         "cpu_us_per_token": cpu_us,
-        "beside_engines_us_per_token": cpu_us / 2,
-        "by_process": {"ray": cpu_us},
+        "by_process": {"ray": cpu_us / 2, "engines": cpu_us / 2},
     }
 
 
@@ -52,21 +51,30 @@ def test_the_split_is_compared_round_by_round() -> None:
     assert (split["tokens_per_s_ratio"], split["cpu_us_per_token_ratio"]) == (0.9, 1.1)
     assert (single["tokens_per_s_ratio"], single["cpu_us_per_token_ratio"]) == (1, 1)
     assert (split["own_share"], single["own_share"]) == (0.05, 0)
-    assert split["by_process"] == {"ray": 22}
+    assert split["by_process"] == {"ray": 11, "engines": 11}
 
 
-def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
-    work = "sum(i for i in range(10_000_000)); print('done', flush=True); input()"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}, '-m router'])"
+def used_by(name: str, program: str) -> dict[str, float]:
+    """What a Python program of that name, as `ps` shows it, has used when it says that it is done; it then waits for a line."""
     with subprocess.Popen(
-        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [name, "-c", program],
+        executable=sys.executable,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "done\n"
         used = cpu_by_kind(process.pid)
         process.communicate("\n", timeout=20)
-    assert used["router"] >= 0.05
     assert cpu_by_kind(process.pid) == {}
+    return used
+
+
+def test_cpu_time_of_descendants_counts_and_of_others_does_not() -> None:
+    work = "sum(i for i in range(10_000_000)); print('done', flush=True); input()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}, '-m router'])"
+    assert used_by(sys.executable, child)["router"] >= 0.05
 
 
 def test_the_time_of_threads_that_compute_is_told_by_itself() -> None:
@@ -87,17 +95,7 @@ def compute():
 with suppress(SystemExit):
     asyncio.run(AsyncEngine(compute, name="test").start())
 """
-    with subprocess.Popen(
-        ["ray::FlexActor", "-c", program],
-        executable=sys.executable,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "done\n"
-        used = cpu_by_kind(process.pid)
-        process.communicate("\n", timeout=20)
+    used = used_by("ray::FlexActor", program)
     assert used["engines"] == pytest.approx(0.4, abs=0.1)
     # Imports, on the main thread.
     assert used["workers"] > 0.05

@@ -35,10 +35,6 @@ struct Scratch {
   alignas(64) char weights[AT_ONCE * SPAN * 4];
 };
 
-// So many queries' softmax is made side by side: one alone waits for its own results half of the time.
-template <int N>
-using SideBySide = std::integral_constant<int, N>;
-
 // Raises `best` to the scores of tiles [begin, end), for `N` queries.
 template <int N>
 inline void raise(const float* scores, int begin, int end, __m512* best) {
@@ -165,14 +161,15 @@ void attend_span(Scratch& scratch, const Cache& cache, const int32_t* table, int
     // The first of them sees the least at the end, the last one at the beginning.
     const bool whole = high(0) == num_tiles * TOKENS && low(count - 1) == 0;
     int r = 0;
+    // Side by side: a query alone waits for its own results half of the time.
     const auto soften_by = [&](auto together) {
       constexpr int N = together;
       for (; whole && r + N <= count; r += N)
         soften_whole<Op, N>(scratch.scores + r * SPAN, scratch.weights + r * P_BYTES, scale * LOG2_E, num_tiles, most + from + r,
                             total + from + r);
     };
-    soften_by(SideBySide<4>{});
-    soften_by(SideBySide<2>{});
+    soften_by(std::integral_constant<int, 4>{});
+    soften_by(std::integral_constant<int, 2>{});
     for (; r < count; ++r)
       soften<Op>(scratch.scores + r * SPAN, scratch.weights + r * P_BYTES, scale * LOG2_E, low(r), high(r), num_tiles, most + from + r,
                  total + from + r);
