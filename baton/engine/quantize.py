@@ -1,4 +1,4 @@
-"""Symmetric int8 arithmetic in groups of 64 along the input dimension: the definition, and a torch implementation of it.
+"""Symmetric int8 arithmetic in groups of 128 along the input dimension: the definition, and a torch implementation of it.
 
 A weight [N, K] is zero-padded to whole groups and kept as int8, with one float16 scale for each (row, group). Activations are
 quantized as they come, one float32 scale for each (token, group). A product is, in float32 and in the order of the groups,
@@ -8,7 +8,7 @@ quantized as they come, one float32 scale for each (token, group). A product is,
 so that it depends on nothing but its row and its token: every implementation that follows this gives the same bits, whatever the
 batch. A group's dot product is below 2^24, so float32 holds it exactly. Here exactness counts, not speed.
 
-Called from the engine thread. Legend: T tokens, N outputs, K inputs padded to G groups of 64.
+Called from the engine thread. Legend: T tokens, N outputs, K inputs padded to G groups of 128.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from torch.nn import functional
 
 from baton.errors import ModelLoadError
 
-GROUP = 64
+GROUP = 128
 LARGEST = 127
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight [N, inputs] as int8 [N, K], and its scales, float16 [N, K / 64]. Each element is off by half of its group's scale
+    """The weight [N, inputs] as int8 [N, K], and its scales, float16 [N, K / 128]. Each element is off by half of its group's scale
     at most, or, where float16 is too coarse for the scale, by what that loses. Raises `ModelLoadError` where it cannot hold one.
     """
-    groups = _groups(weight.to(torch.float32))  # [N, G, 64]
+    groups = _groups(weight.to(torch.float32))  # [N, G, 128]
     scales = (groups.abs().amax(-1) / LARGEST).to(torch.float16)
     if not scales.isfinite().all():
         raise ModelLoadError("weights", "are too large for int8 in groups with float16 scales")
@@ -35,7 +35,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations [T, inputs] as int8 [T, K], and their scales, float32 [T, K / 64], 0 for a group of zeros. What is not finite
+    """Activations [T, inputs] as int8 [T, K], and their scales, float32 [T, K / 128], 0 for a group of zeros. What is not finite
     makes a scale that is not either.
     """
     groups = _groups(x.to(torch.float32))
@@ -50,7 +50,7 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def _groups(x: Tensor) -> Tensor:
-    # [M, inputs] -> [M, G, 64]
+    # [M, inputs] -> [M, G, 128]
     groups = -(-x.shape[1] // GROUP)
     return functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), groups, GROUP)
 

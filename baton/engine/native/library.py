@@ -10,6 +10,8 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from baton.engine.quantize import GROUP
+
 NEEDED = frozenset(
     {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"}
     | {"fma", "f16c", "bmi2"}
@@ -200,8 +202,8 @@ class Library:
 def _layout() -> int:
     """As `baton_layout` in `src/api.cpp`."""
     layout = 0
-    for structure in (Layer, Model, Pool, Batch):
-        layout = layout << 16 | ctypes.sizeof(structure)
+    for part in (*map(ctypes.sizeof, (Layer, Model, Pool, Batch)), GROUP):
+        layout = layout << 12 | part
     return layout
 
 

@@ -69,7 +69,7 @@ class Packed:
         scales: Tensor | None = None
         if form is Format.INT8:
             weight, scales = quantize_weight(weight)
-        rows = weight.to(_DTYPES[form]).contiguous()
+        rows = weight[:, : self._k].to(_DTYPES[form]).contiguous()
         library.pack(
             form,
             rows.data_ptr(),

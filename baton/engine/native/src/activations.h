@@ -41,12 +41,12 @@ class Activations {
     const int filled = tiled_ ? (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : rows;
     data_.at_least((size_t)filled * steps_ * 4);
     if constexpr (Op::VALUES == 4) {
-      scales_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
-      starts_.at_least((size_t)rows * (steps_ / GROUP_STEPS));
+      scales_.at_least((size_t)rows * groups_of(steps_));
+      starts_.at_least((size_t)rows * groups_of(steps_));
     }
   }
 
-  static int lanes(int k) { return Op::VALUES == 4 ? (k + GROUP - 1) / GROUP * GROUP_STEPS : (k + Op::VALUES - 1) / Op::VALUES; }
+  static int lanes(int k) { return Op::VALUES == 4 ? (int)lanes_of_bytes(k) : (k + Op::VALUES - 1) / Op::VALUES; }
 
   Rows rows() const { return {data_.get(), scales_.get(), starts_.get(), steps_}; }
 
@@ -81,13 +81,15 @@ class Activations {
 
   // By groups: 127 stands for the greatest magnitude. What is no number makes a scale that is none either.
   void quantize(int row, const float* x, int k) {
-    const int groups = steps_ / GROUP_STEPS;
+    const int groups = groups_of(steps_), parts = steps_ / 4;
     const __m512i ones = _mm512_set1_epi8(1);
     for (int g = 0; g < groups; ++g) {
-      __m512 part[4];
+      constexpr int PARTS = GROUP / 16;
+      const int count = std::min(PARTS, parts - g * PARTS);
+      __m512 part[PARTS];
       __m512 most = _mm512_setzero_ps();
       __mmask16 none = 0;
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < count; ++i) {
         const int value = g * GROUP + i * 16;
         part[i] = value < k ? _mm512_loadu_ps(x + value) : _mm512_setzero_ps();
         most = _mm512_max_ps(most, _mm512_abs_ps(part[i]));
@@ -95,16 +97,19 @@ class Activations {
       }
       const float scale = none != 0 ? NAN : _mm512_reduce_max_ps(most) / 127.0f;
       const __m512 by = _mm512_set1_ps(scale);
-      alignas(64) int8_t bytes[GROUP];
-      for (int i = 0; i < 4; ++i) {
-        const __m512 q = scale > 0 ? _mm512_div_ps(part[i], by) : _mm512_setzero_ps();
-        _mm_store_si128((__m128i*)(bytes + i * 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(q)));
+      __m512i sums = _mm512_setzero_si512();
+      for (int i = 0; i < count; i += 4) {
+        alignas(64) int8_t bytes[64];
+        for (int j = 0; j < 4; ++j) {
+          const __m512 q = scale > 0 ? _mm512_div_ps(part[i + j], by) : _mm512_setzero_ps();
+          _mm_store_si128((__m128i*)(bytes + j * 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(q)));
+        }
+        const __m512i all = _mm512_load_si512(bytes);
+        _mm512_storeu_si512(at(row, (size_t)g * GROUP + i * 16), all);
+        sums = _mm512_dpbusd_epi32(sums, ones, all);
       }
-      const __m512i all = _mm512_load_si512(bytes);
-      _mm512_storeu_si512(at(row, (size_t)g * GROUP), all);
-      const int sum = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, all));
       scales_.get()[row * groups + g] = scale;
-      starts_.get()[row * groups + g] = -128 * sum;
+      starts_.get()[row * groups + g] = -128 * _mm512_reduce_add_epi32(sums);
     }
   }
 

@@ -81,15 +81,19 @@ Engine* make_engine(const BatonModel& model, const BatonPool& pool, int threads,
 
 extern "C" {
 
-// Tells one layout of the structures from another: their sizes in bytes.
+// Tells one layout of what Python gives from another: the structures' sizes in bytes, and how 8-bit weights are grouped.
 int64_t baton_layout() {
-  return ((((int64_t)sizeof(BatonLayer) << 16 | sizeof(BatonModel)) << 16 | sizeof(BatonPool)) << 16) | sizeof(BatonBatch);
+  int64_t layout = 0;
+  for (const int64_t part : {(int64_t)sizeof(BatonLayer), (int64_t)sizeof(BatonModel), (int64_t)sizeof(BatonPool), (int64_t)sizeof(BatonBatch),
+                             (int64_t)GROUP})
+    layout = layout << 12 | part;
+  return layout;
 }
 
 // Bytes of a packed matrix.
 int64_t baton_packed_bytes(int32_t format, int64_t n, int64_t k) {
   const int64_t panels = (n + PANEL - 1) / PANEL;
-  const int64_t lanes = format == FORMAT_F32 ? k : format == FORMAT_BF16 ? (k + 1) / 2 : (k + GROUP - 1) / GROUP * GROUP_STEPS;
+  const int64_t lanes = format == FORMAT_F32 ? k : format == FORMAT_BF16 ? (k + 1) / 2 : lanes_of_bytes(k);
   return panels * lanes * 4 * PANEL;
 }
 
@@ -116,7 +120,7 @@ void baton_pack(int32_t format, const void* rows, const uint16_t* row_scales, in
     }
   }
   if (format != FORMAT_I8) return;
-  const int64_t groups = lanes / GROUP_STEPS;
+  const int64_t groups = groups_of((int)lanes);
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t j = 0; j < PANEL; ++j) {

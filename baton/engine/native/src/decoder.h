@@ -109,7 +109,7 @@ class Decoder {
         out[s * 2] = from_bf16(pair[0]);
         out[s * 2 + 1] = from_bf16(pair[1]);
       } else {
-        const int groups = rows.steps / GROUP_STEPS;
+        const int groups = groups_of(rows.steps);
         const float scale = from_f16(rows.scales[((size_t)panel * groups + s / GROUP_STEPS) * PANEL + lane]);
         for (int i = 0; i < 4 && s * 4 + i < n; ++i) out[s * 4 + i] = scale * (float)((int)(uint8_t)at[i] - 128);
       }

@@ -16,8 +16,13 @@ namespace baton {
 
 constexpr int PANEL = 32;
 constexpr int LANE_BYTES = 4 * PANEL;
-constexpr int GROUP = 64;           // values along K that share a scale, in 8-bit formats
+constexpr int GROUP = 128;          // values along K that share a scale, in 8-bit formats; what is left of K may be a smaller one
 constexpr int GROUP_STEPS = GROUP / 4;
+
+// Lanes of `k` 8-bit values, in whole cache lines.
+constexpr int64_t lanes_of_bytes(int64_t k) { return (k + 63) / 64 * 16; }
+
+constexpr int groups_of(int steps) { return (steps + GROUP_STEPS - 1) / GROUP_STEPS; }
 
 struct Matrix {
   const char* data;
@@ -37,7 +42,7 @@ struct Rows {
   int32_t steps;
 
   size_t row_bytes() const { return (size_t)steps * 4; }
-  int groups() const { return steps / GROUP_STEPS; }
+  int groups() const { return groups_of(steps); }
   Rows from(int64_t row) const {
     return {data + row * row_bytes(), scales ? scales + row * groups() : nullptr,
             starts ? starts + row * groups() : nullptr, steps};
@@ -109,7 +114,8 @@ struct TileI8 {
       for (int i = 0; i < MR * NV; ++i) _mm512_storeu_ps(out + i * 16, _mm512_setzero_ps());
     const size_t row_bytes = a.row_bytes();
     const int groups = a.groups();
-    for (int g = first / GROUP_STEPS; g < last / GROUP_STEPS; ++g) {
+    for (int g = first / GROUP_STEPS; g < groups_of(last); ++g) {
+      const int steps = std::min(GROUP_STEPS, last - g * GROUP_STEPS);
       __m512i dot[MR][NV];
 #pragma GCC unroll 12
       for (int m = 0; m < MR; ++m)
@@ -121,7 +127,7 @@ struct TileI8 {
       for (int i = 0; i < THIRDS; ++i) x[i] = a.data + 3 * i * row_bytes + (size_t)g * GROUP;
       const char* at = b + (size_t)g * GROUP * PANEL;
 #pragma GCC unroll 1
-      for (int s = 0; s < GROUP_STEPS; ++s, at += 128, soon += stride) {
+      for (int s = 0; s < steps; ++s, at += 128, soon += stride) {
         __m512i w[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
@@ -204,7 +210,7 @@ template <class Op, class Epilogue>
 void block(Rows a, int first, int rows, const Matrix& w, int panel, int panels, Epilogue&& finish) {
   alignas(64) float sums[MOST_ROWS * PANEL];
   const size_t panel_bytes = (size_t)w.steps * 4 * PANEL;
-  const int groups = w.steps / GROUP_STEPS;
+  const int groups = groups_of(w.steps);
   while (panels > 0) {
     // The fewer the rows, the more panels keep the arithmetic busy.
     int np = 1;

@@ -18,17 +18,46 @@ constexpr int FEW_ROWS = 0;
 template <>
 constexpr int FEW_ROWS<TiledBF16> = 2;
 template <>
-constexpr int FEW_ROWS<TiledI8> = 12;
+constexpr int FEW_ROWS<TiledI8> = 4;
 
-constexpr int TILED_AHEAD = 2048;       // bytes that weights are read before their turn, where few rows wait for them
 constexpr int TILED_BLOCK = 9;          // tiles of a panel that stay in the first cache while many rows pass
+constexpr int PASSING_BLOCK = 32;       // tiles of a panel that no more than 32 rows pass
 constexpr size_t TILED_LEFT = 1 << 20;  // bytes of rows that stay in the second cache while panels pass
+constexpr int GROUP_TILES = GROUP_STEPS / TILE_STEPS;
+
+// The parts of a panel that rows pass one after the other.
+inline int parts_of(int tiles, int rows) {
+  const int most = rows <= 2 * TILE_ROWS ? PASSING_BLOCK : TILED_BLOCK;
+  return (tiles + most - 1) / most;
+}
+
+// What is asked of memory before its turn, some cache lines with each piece of work: all at once would stop the processor until memory
+// has taken them, and memory would wait while none are asked for. It answers several streams of lines sooner than one.
+class Soon {
+ public:
+  // `lines_each` in each stream, beginning with line `first`.
+  Soon(const char* begin, int lines_each, int first) : at_(begin + (size_t)first * 64), apart_((size_t)lines_each * 64) {}
+
+  // The next `lines` of each stream.
+  void ask(int lines) {
+    for (int i = 0; i < lines; ++i, at_ += 64)
+      for (int s = 0; s < STREAMS; ++s) _mm_prefetch(at_ + s * apart_, _MM_HINT_T1);
+  }
+
+  static constexpr int STREAMS = 4;
+
+ private:
+  const char* at_;
+  size_t apart_;
+};
+
+// Lines of a panel's tile that each stream asks for.
+constexpr int TILE_LINES = PANEL_TILE_BYTES / 64 / Soon::STREAMS;
 
 // Up to 32 rows, the lower 16 of which may be none, by one panel, over tiles [first, last) along K: `out` [32][32] holds the sums up
-// to `first`, and then up to `last`. With each tile, `lines` cache lines at `soon` are asked of memory; `Few`: they are read, which
-// memory answers sooner, and which may wait for it.
-template <bool Lower, bool Few>
-inline void tiled_sums(const char* a, size_t lower, const char* b, int first, int last, const char* soon, int lines, float* out) {
+// to `first`, and then up to `last`. With each tile, `lines` of each stream are asked for.
+template <bool Lower>
+inline void tiled_sums(const char* a, size_t lower, const char* b, int first, int last, Soon soon, int lines, float* out) {
   constexpr size_t LD = PANEL * 4;
   float* below = out + TILE_ROWS * PANEL;
   settle();
@@ -41,7 +70,7 @@ inline void tiled_sums(const char* a, size_t lower, const char* b, int first, in
       _tile_loadd(3, below + 16, LD);
     }
   }
-  for (int k = first; k < last; ++k, soon += (size_t)lines * 64) {
+  for (int k = first; k < last; ++k) {
     const char* x = a + (size_t)k * TILE_BYTES;
     const char* w = b + (size_t)k * PANEL_TILE_BYTES;
     _tile_loadd(4, x, 64);
@@ -54,12 +83,7 @@ inline void tiled_sums(const char* a, size_t lower, const char* b, int first, in
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    if constexpr (Few) {
-#pragma GCC unroll 32
-      for (int i = 0; i < PANEL_TILE_BYTES; i += 64) read_line(soon + i);
-    } else {
-      for (int i = 0; i < lines; ++i) _mm_prefetch(soon + i * 64, _MM_HINT_T1);
-    }
+    soon.ask(lines);
   }
   _tile_stored(0, out, LD);
   _tile_stored(1, out + 16, LD);
@@ -69,9 +93,6 @@ inline void tiled_sums(const char* a, size_t lower, const char* b, int first, in
   }
 }
 
-// Nothing is read beyond a matrix.
-inline size_t ahead_of(const Matrix& w, int panel) { return panel + 1 < w.panels() ? TILED_AHEAD : 0; }
-
 // A panel times the rows [first, first + rows), whose tiles begin at `a`: gives 32 rows at a time, or what is left, to `finish`, so that
 // what it does goes on while the next ones are multiplied.
 template <class Epilogue>
@@ -79,20 +100,15 @@ void tiled_panel(TiledBF16, const char* a, Rows, int first, int rows, const Matr
   const int tiles = w.steps / TILE_STEPS, pairs = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
   const size_t lower = (size_t)tiles * TILE_BYTES;
   const char* b = w.data + (size_t)panel * tiles * PANEL_TILE_BYTES;
-  if (pairs == 1) {
-    const char* soon = b + ahead_of(w, panel);
-    const auto sum = rows > TILE_ROWS ? tiled_sums<true, true> : tiled_sums<false, true>;
-    sum(a, lower, b, 0, tiles, soon, PANEL_TILE_BYTES / 64, sums);
-    return finish(first, rows, panel, 1, sums);
-  }
-  const int parts = (tiles + TILED_BLOCK - 1) / TILED_BLOCK, lines = (PANEL_TILE_BYTES / 64 + pairs - 1) / pairs;
+  const int parts = parts_of(tiles, rows);
+  // All pairs of rows together ask for the next part, once.
+  const int lines = (TILE_LINES + pairs - 1) / pairs;
   for (int part = 0; part < parts; ++part) {
     const int from = tiles * part / parts, to = tiles * (part + 1) / parts;
     for (int p = 0; p < pairs; ++p) {
       const int row = p * 2 * TILE_ROWS, count = std::min(2 * TILE_ROWS, rows - row);
-      // All pairs of rows together ask for the next part, once.
-      const char* soon = b + (size_t)to * PANEL_TILE_BYTES + (size_t)p * (to - from) * lines * 64;
-      const auto sum = count > TILE_ROWS ? tiled_sums<true, false> : tiled_sums<false, false>;
+      const Soon soon(b + (size_t)to * PANEL_TILE_BYTES, (to - from) * TILE_LINES, p * (to - from) * lines);
+      const auto sum = count > TILE_ROWS ? tiled_sums<true> : tiled_sums<false>;
       float* out = sums + (size_t)row * PANEL;
       sum(a + 2 * p * lower, lower, b, from, to, soon, lines, out);
       if (part + 1 == parts) finish(first + row, count, panel, 1, out);
@@ -100,51 +116,46 @@ void tiled_panel(TiledBF16, const char* a, Rows, int first, int rows, const Matr
   }
 }
 
-// What is asked of memory before its turn, some cache lines with each piece of work: all at once would stop the processor until memory
-// has taken them, and memory would wait while none are asked for.
-struct Soon {
-  const char* at;
-  void ask(int lines) {
-    for (int i = 0; i < lines; ++i, at += 64) _mm_prefetch(at, _MM_HINT_T1);
-  }
-};
-
-// The products of two groups, [group][16 rows][32]; of one where `count` is 1. With each of the four, `lines` are asked for.
-inline void tiled_dots(const char* x, const char* w, int count, int32_t* dots, Soon& soon, int lines) {
+// The products of two groups, [group][16 rows][32]; of one where no more than its `tiles` along K are left. With each of a tile's two,
+// `lines` of each stream are asked for.
+inline void tiled_dots(const char* x, const char* w, int tiles, int32_t* dots, Soon& soon, int lines) {
   constexpr size_t LD = PANEL * 4;
   settle();
   zero_sums();
-  _tile_loadd(4, x, 64);
-  _tile_loadd(6, w, LANE_BYTES);
-  _tile_dpbsud(0, 4, 6);
-  soon.ask(lines);
-  _tile_loadd(7, w + 64, LANE_BYTES);
-  _tile_dpbsud(1, 4, 7);
-  soon.ask(lines);
+  int k = 0;
+  for (; k < std::min(tiles, GROUP_TILES); ++k, x += TILE_BYTES, w += PANEL_TILE_BYTES) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w, LANE_BYTES);
+    _tile_dpbsud(0, 4, 6);
+    soon.ask(lines);
+    _tile_loadd(7, w + 64, LANE_BYTES);
+    _tile_dpbsud(1, 4, 7);
+    soon.ask(lines);
+  }
   _tile_stored(0, dots, LD);
   _tile_stored(1, dots + 16, LD);
-  if (count == 1) return;
-  _tile_loadd(5, x + TILE_BYTES, 64);
-  _tile_loadd(6, w + PANEL_TILE_BYTES, LANE_BYTES);
-  _tile_dpbsud(2, 5, 6);
-  soon.ask(lines);
-  _tile_loadd(7, w + PANEL_TILE_BYTES + 64, LANE_BYTES);
-  _tile_dpbsud(3, 5, 7);
-  soon.ask(lines);
+  if (k == tiles) return;
+  for (; k < tiles; ++k, x += TILE_BYTES, w += PANEL_TILE_BYTES) {
+    _tile_loadd(5, x, 64);
+    _tile_loadd(6, w, LANE_BYTES);
+    _tile_dpbsud(2, 5, 6);
+    soon.ask(lines);
+    _tile_loadd(7, w + 64, LANE_BYTES);
+    _tile_dpbsud(3, 5, 7);
+    soon.ask(lines);
+  }
   _tile_stored(2, dots + TILE_ROWS * PANEL, LD);
   _tile_stored(3, dots + TILE_ROWS * PANEL + 16, LD);
 }
 
-// Adds them, scaled, to the sums [rows][32]. With each row, `lines` are asked for.
+// Adds them, scaled, to the sums [rows][32].
 template <int Count>
-inline void scale_dots(const int32_t* dots, Rows a, int row, int rows, int group, const uint16_t* scales, float* sums, Soon& soon,
-                       int lines) {
+inline void scale_dots(const int32_t* dots, Rows a, int row, int rows, int group, const uint16_t* scales, float* sums) {
   const int groups = a.groups();
   __m512 scale[Count][2];
   for (int g = 0; g < Count; ++g)
     for (int v = 0; v < 2; ++v) scale[g][v] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scales + g * PANEL + v * 16)));
   for (int m = 0; m < rows; ++m) {
-    soon.ask(lines);
     float* out = sums + (size_t)m * PANEL;
     __m512 sum[2] = {_mm512_load_ps(out), _mm512_load_ps(out + 16)};
 #pragma GCC unroll 2
@@ -166,36 +177,33 @@ inline void scale_dots(const int32_t* dots, Rows a, int row, int rows, int group
 template <class Epilogue>
 void tiled_panel(TiledI8, const char* x, Rows a, int first, int rows, const Matrix& w, int panel, float* sums, Epilogue&& finish) {
   alignas(64) int32_t dots[2][2 * TILE_ROWS * PANEL];
-  const int groups = a.groups(), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  const char* b = w.data + (size_t)panel * groups * PANEL_TILE_BYTES;
+  const int groups = a.groups(), along = w.steps / TILE_STEPS, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const char* b = w.data + (size_t)panel * along * PANEL_TILE_BYTES;
   const uint16_t* scales = w.scales + (size_t)panel * groups * PANEL;
   std::memset(sums, 0, (size_t)rows * PANEL * 4);
-  const int parts = (groups + TILED_BLOCK - 1) / TILED_BLOCK;
+  const int parts = parts_of(along, rows);
   for (int part = 0; part < parts; ++part) {
-    const int from = groups * part / parts, to = groups * (part + 1) / parts;
+    const int from = groups * part / parts, to = groups * (part + 1) / parts, end = std::min(to * GROUP_TILES, along);
     for (int t = 0; t < tiles; ++t) {
       const int row = t * TILE_ROWS, count = std::min(TILE_ROWS, rows - row);
-      const char* left = x + (size_t)t * groups * TILE_BYTES;
+      const char* left = x + (size_t)t * along * TILE_BYTES;
       float* out = sums + (size_t)row * PANEL;
-      // All rows together ask for the next part, once: for its first half while sums are scaled, for the other while tiles multiply,
-      // since memory answers two streams sooner than one.
-      const int turns = (to - from + 1) / 2, each = PANEL_TILE_BYTES / 64;
-      const int with_row = (each + rows - 1) / rows, with_product = (each / 4 + tiles - 1) / tiles;
-      const char* next = b + (size_t)to * PANEL_TILE_BYTES;
-      Soon first_half{next + (size_t)row * turns * with_row * 64};
-      Soon other_half{next + (size_t)turns * (PANEL_TILE_BYTES + t * 4 * with_product * 64)};
+      // All rows together ask for the next part, once.
+      const int lines = (TILE_LINES / 2 + tiles - 1) / tiles;
+      Soon soon(b + (size_t)end * PANEL_TILE_BYTES, (end - from * GROUP_TILES) * TILE_LINES, 2 * t * (end - from * GROUP_TILES) * lines);
       // While the tiles multiply two groups, what they have made of the two before is scaled.
       for (int g = from, turn = 0; g < to + 2; g += 2, turn ^= 1) {
         if (g < to) {
-          const char* weights = b + (size_t)g * PANEL_TILE_BYTES;
-          tiled_dots(left + (size_t)g * TILE_BYTES, weights, std::min(2, to - g), dots[turn], other_half, with_product);
+          const int k = g * GROUP_TILES;
+          tiled_dots(left + (size_t)k * TILE_BYTES, b + (size_t)k * PANEL_TILE_BYTES, std::min(end - k, 2 * GROUP_TILES), dots[turn], soon,
+                     lines);
         }
         const int before = g - 2;
         if (before < from) continue;
         if (to - before >= 2) {
-          scale_dots<2>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, first_half, with_row);
+          scale_dots<2>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out);
         } else {
-          scale_dots<1>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out, first_half, with_row);
+          scale_dots<1>(dots[turn ^ 1], a, first + row, count, before, scales + before * PANEL, out);
         }
       }
       if (part + 1 == parts) finish(first + row, count, panel, 1, out);

@@ -69,11 +69,6 @@ class Tiles {
 // What was stored before is in memory: GCC's intrinsics do not tell that a tile reads it.
 inline void settle() { asm volatile("" : : : "memory"); }
 
-inline void read_line(const char* at) {
-  __m512i line;
-  asm volatile("vmovdqu64 %1, %0" : "=v"(line) : "m"(*(const char(*)[64])at));
-}
-
 template <int Lines>
 inline void ask(const char* at) {
 #pragma GCC unroll 32
